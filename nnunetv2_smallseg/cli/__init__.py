@@ -1,0 +1,1 @@
+"""Command line: argument parsing only. Each module is a thin layer over documented functions."""

@@ -1,0 +1,50 @@
+"""Entry point of ``smallseg``: collects the sub-commands, runs one, and turns errors into messages and exit status."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from nnunetv2_smallseg import __version__
+from nnunetv2_smallseg.cli import demo, doctor, env, plan, trainers, weights
+from nnunetv2_smallseg.errors import SmallSegError
+
+__all__ = ["build_parser", "main"]
+
+COMMANDS = (env, doctor, demo, plan, weights, trainers)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``smallseg`` with all its sub-commands.
+
+    Every module of ``COMMANDS`` has ``add_parser(subparsers)``, which sets the default ``run``: a function that takes
+    the parsed arguments and returns the exit status.
+    """
+    parser = argparse.ArgumentParser(
+        prog="smallseg", description="Small-lesion networks and trainers for unmodified nnU-Net v2.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"nnunetv2-smallseg {__version__}")
+    subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs ``smallseg`` and returns its exit status: 0, 1 (failure) or 2 (usage)."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    parsed = build_parser().parse_args(arguments)
+    try:
+        return parsed.run(parsed)
+    except SmallSegError as error:
+        print(f"smallseg {parsed.command}: error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print(f"smallseg {parsed.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

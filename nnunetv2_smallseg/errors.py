@@ -1,0 +1,28 @@
+"""Errors meant for users: each message says what was wrong, what is allowed and what to do next."""
+
+__all__ = ["CommandStopped", "SmallSegError", "UsageError", "WeightsError"]
+
+
+class SmallSegError(Exception):
+    """Something a user can mend. Commands print the message without a traceback and exit with 1."""
+
+    exit_status = 1
+
+
+class UsageError(SmallSegError):
+    """The command was called wrongly (unknown name, impossible combination). Commands exit with 2."""
+
+    exit_status = 2
+
+
+class WeightsError(SmallSegError):
+    """A weight file is missing, damaged, or does not fit the network."""
+
+
+class CommandStopped(SystemExit, SmallSegError):
+    """Ends a stock ``nnUNetv2_*`` command with a message on stderr, exit status 1 and no traceback.
+
+    nnU-Net's commands let exceptions of a trainer through, and Python prints a traceback for every one but
+    ``SystemExit``. Being a ``SmallSegError`` too, it is caught by ``except Exception`` when a trainer is used as a
+    library.
+    """

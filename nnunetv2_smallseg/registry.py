@@ -1,0 +1,155 @@
+"""One entry per published system: its paper, networks and trainers.
+
+Pure data. It imports neither torch nor nnunetv2, so that command line, documentation and tests can read it at no
+cost. Register a network or trainer here once and every generic test, ``smallseg trainers`` and ``smallseg doctor``
+cover it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["SYSTEMS", "Network", "Paper", "System", "Trainer", "network", "networks", "trainer", "trainers"]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A publication and the code its authors released."""
+
+    title: str
+    venue: str
+    url: str
+    official_code: str | None = None
+    official_commit: str | None = None
+    official_licence: str | None = None
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network class.
+
+    Attributes:
+        name: Name of the class.
+        module: Module that holds it.
+        stride: Height and width are padded to a multiple of this inside the network.
+        deep_supervision_strides: Stride of each output with deep supervision on, largest output first.
+        parameters: (input channels, classes) -> number of parameters of the published network.
+        description: One line for tables.
+        reference: Folder of its reference outputs below ``shared/reference``.
+    """
+
+    name: str
+    module: str
+    stride: int
+    deep_supervision_strides: tuple[int, ...]
+    parameters: dict[tuple[int, int], int]
+    description: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A trainer class of ``nnunetv2_smallseg.trainers``.
+
+    Attributes:
+        name: Name of the class, as given to ``nnUNetv2_train -tr``.
+        network: Name of its network.
+        weights: Name of the weight file it starts from (``smallseg weights list``), or None.
+        description: One line for tables.
+    """
+
+    name: str
+    network: str
+    weights: str | None
+    description: str
+
+
+@dataclass(frozen=True)
+class System:
+    """A published system: one paper with its networks and trainers."""
+
+    name: str
+    paper: Paper
+    networks: tuple[Network, ...]
+    trainers: tuple[Trainer, ...]
+
+
+SYSTEMS: tuple[System, ...] = (
+    System(
+        name="Swin-UMamba",
+        paper=Paper(
+            title="Swin-UMamba: Mamba-based UNet with ImageNet-based pretraining",
+            venue="MICCAI 2024",
+            url="https://arxiv.org/abs/2402.03302",
+            official_code="https://github.com/JiarunLiu/Swin-UMamba",
+            official_commit="2c1f72e",
+            official_licence="Apache-2.0",
+        ),
+        networks=(
+            Network(
+                name="SwinUMamba",
+                module="nnunetv2_smallseg.architectures.swin_umamba",
+                stride=32,
+                deep_supervision_strides=(1, 2, 4, 8),
+                parameters={(1, 14): 59_889_368},
+                description="VMamba encoder behind a convolution stem, convolutional decoder",
+                reference="swin_umamba",
+            ),
+            Network(
+                name="SwinUMambaD",
+                module="nnunetv2_smallseg.architectures.swin_umamba",
+                stride=32,
+                deep_supervision_strides=(1, 4, 8, 16),
+                parameters={(1, 14): 27_497_720},
+                description="VMamba encoder, Mamba decoder (Swin-UMamba† of the paper)",
+                reference="swin_umamba",
+            ),
+        ),
+        trainers=(
+            Trainer(
+                name="nnUNetTrainerSwinUMamba",
+                network="SwinUMamba",
+                weights="vmamba_tiny_imagenet",
+                description="ImageNet weights, encoder frozen for 10 epochs",
+            ),
+            Trainer(
+                name="nnUNetTrainerSwinUMambaD",
+                network="SwinUMambaD",
+                weights="vmamba_tiny_imagenet",
+                description="ImageNet weights, encoder frozen for 10 epochs",
+            ),
+            Trainer(
+                name="nnUNetTrainerSwinUMambaScratch",
+                network="SwinUMamba",
+                weights=None,
+                description="Random start",
+            ),
+            Trainer(
+                name="nnUNetTrainerSwinUMambaDScratch",
+                network="SwinUMambaD",
+                weights=None,
+                description="Random start, no deep supervision (paper, section 3.5)",
+            ),
+        ),
+    ),
+)
+
+
+def networks() -> dict[str, Network]:
+    """All networks by class name."""
+    return {network.name: network for system in SYSTEMS for network in system.networks}
+
+
+def trainers() -> dict[str, Trainer]:
+    """All trainers by class name."""
+    return {trainer.name: trainer for system in SYSTEMS for trainer in system.trainers}
+
+
+def network(name: str) -> Network:
+    """The network entry called ``name``; ``KeyError`` if there is none."""
+    return networks()[name]
+
+
+def trainer(name: str) -> Trainer:
+    """The trainer entry called ``name``; ``KeyError`` if there is none."""
+    return trainers()[name]
