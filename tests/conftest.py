@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -35,3 +39,84 @@ def deterministic_weights(shared: Path):
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """nnU-Net's folders with a small phantom data set, planned and preprocessed through the stock commands."""
+
+    folder: Path
+    environment: dict[str, str]
+    number: int = 991
+    dataset: str = "Dataset991_TestPhantom"
+    plans_name: str = "nnUNetSmallSegPlans"
+
+    @property
+    def preprocessed(self) -> Path:
+        return self.folder / "preprocessed" / self.dataset
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "results" / self.dataset
+
+    def plans(self, name: str | None = None) -> dict:
+        return json.loads((self.preprocessed / f"{name or self.plans_name}.json").read_text())
+
+    def dataset_json(self) -> dict:
+        return json.loads((self.preprocessed / "dataset.json").read_text())
+
+    def run(self, *command: object, status: int = 0) -> subprocess.CompletedProcess:
+        """Runs a command of this Python environment and checks its exit status."""
+        return run_command(*command, environment=self.environment, status=status)
+
+
+def run_command(*command: object, environment: dict[str, str] | None = None, status: int = 0):
+    """Runs a command installed beside the Python interpreter; fails with its output unless it exits with ``status``."""
+    program, *arguments = [str(part) for part in command]
+    finished = subprocess.run(
+        [str(Path(sys.executable).with_name(program)), *arguments], env=environment, capture_output=True, text=True
+    )
+    assert finished.returncode == status, (
+        f"{' '.join(map(str, command))}\n{finished.stdout[-4000:]}\n{finished.stderr[-4000:]}"
+    )
+    return finished
+
+
+@pytest.fixture(scope="session")
+def nnunet_workspace(tmp_path_factory) -> Workspace:
+    """Phantom, fingerprint, stock plans, our plans and 2d data for both, made once for all tests."""
+    from nnunetv2_smallseg.demo.phantom import write_phantom
+
+    folder = tmp_path_factory.mktemp("nnunet")
+    environment = {
+        **os.environ,
+        "nnUNet_raw": str(folder / "raw"),
+        "nnUNet_preprocessed": str(folder / "preprocessed"),
+        "nnUNet_results": str(folder / "results"),
+        "nnUNet_extTrainer": str(ROOT / "nnunetv2_smallseg" / "extension"),
+        "nnUNet_n_proc_DA": "1",
+        "nnUNet_def_n_proc": "1",
+    }
+    workspace = Workspace(folder, environment)
+    (folder / "raw").mkdir()
+    write_phantom(
+        folder / "raw" / workspace.dataset, seed=7, num_training=5, num_held_back=2, shape=(16, 64, 64)
+    )
+    workspace.run("nnUNetv2_extract_fingerprint", "-d", workspace.number, "--verify_dataset_integrity", "-np", 2)
+    schedule = ("-num_epochs", 2, "-num_iterations", 2, "-num_val_iterations", 1)
+    workspace.run("smallseg", "plan", "-d", workspace.number, "-batch_size", 2, *schedule)
+    workspace.run("nnUNetv2_plan_experiment", "-d", workspace.number)
+    for plans_name in (workspace.plans_name, "nnUNetPlans"):
+        workspace.run("nnUNetv2_preprocess", "-d", workspace.number, "-plans_name", plans_name, "-c", "2d", "-np", 2)
+    return workspace
+
+
+@pytest.fixture
+def nnunet_folders(nnunet_workspace, tmp_path, monkeypatch) -> Workspace:
+    """The workspace in this process's environment, with a results folder of the test's own."""
+    for name, value in nnunet_workspace.environment.items():
+        if name.startswith("nnUNet_"):
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    return nnunet_workspace

@@ -1,0 +1,1 @@
+"""Data augmentation on top of nnU-Net's."""

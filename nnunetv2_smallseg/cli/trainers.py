@@ -49,9 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{'trainer':<34} {'network':<14} {'parameters':>11}  {'weights':<22} description")
     for row in rows:
         weights = row["weights"] or "-"
-        print(
-            f"{row['name']:<34} {row['network']:<14} {row['parameters']:>11,}  {weights:<22} {row['description']}"
-        )
+        print(f"{row['name']:<34} {row['network']:<14} {row['parameters']:>11,}  {weights:<22} {row['description']}")
     print()
     for system in registry.SYSTEMS:
         print(f"{system.name}: {system.paper.title}, {system.paper.venue}, {system.paper.url}")

@@ -1,0 +1,1 @@
+"""Pretrained weights: entries, the weights folder, reading checkpoints, loading them into networks."""

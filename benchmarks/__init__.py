@@ -1,0 +1,1 @@
+"""Measurements; each script writes a results file that names device and versions."""

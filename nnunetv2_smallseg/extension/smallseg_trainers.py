@@ -1,0 +1,15 @@
+"""The one file nnU-Net imports from ``nnUNet_extTrainer``: our trainers by name, from the installed package."""
+
+from nnunetv2_smallseg.trainers import (
+    nnUNetTrainerSwinUMamba,
+    nnUNetTrainerSwinUMambaD,
+    nnUNetTrainerSwinUMambaDScratch,
+    nnUNetTrainerSwinUMambaScratch,
+)
+
+__all__ = [
+    "nnUNetTrainerSwinUMamba",
+    "nnUNetTrainerSwinUMambaD",
+    "nnUNetTrainerSwinUMambaDScratch",
+    "nnUNetTrainerSwinUMambaScratch",
+]

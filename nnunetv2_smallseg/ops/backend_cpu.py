@@ -1,0 +1,2 @@
+"""x"""
+def unavailable(): return "not yet"

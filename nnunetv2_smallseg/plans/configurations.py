@@ -1,0 +1,84 @@
+"""What a configuration of a plans file means to our trainers: slices (2d) or slabs of slices (2.5d).
+
+A ``2.5d`` configuration inherits from ``2d`` and has a patch of three axes, [slices, height, width]; everything else is
+shared, the preprocessed data included. The spacing tells it from nnU-Net's 3D configurations: two values, not three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from nnunetv2_smallseg.errors import SmallSegError, UsageError
+
+__all__ = ["TRAINING_KEY", "check_num_slices", "num_slices", "resolve", "slab_configuration"]
+
+# Optional part of a configuration with the schedule our trainers follow: num_epochs, num_iterations_per_epoch,
+# num_val_iterations_per_epoch. nnU-Net's own trainers ignore it.
+TRAINING_KEY = "training"
+
+
+def check_num_slices(value: int) -> None:
+    """Raises ``UsageError`` unless ``value`` is an odd number of at least 3."""
+    if value < 3 or value % 2 == 0:
+        raise UsageError(f"the number of slices is {value}, but must be odd and at least 3, e.g. 3 or 5")
+
+
+def slab_configuration(parent: Mapping, slices: int, parent_name: str = "2d") -> dict:
+    """The ``2.5d`` configuration that goes with a ``2d`` one.
+
+    Args:
+        parent: The ``2d`` configuration.
+        slices: Slices of a slab, odd, at least 3.
+        parent_name: Name of ``parent`` in the plans.
+    Returns:
+        The part of the plans that differs: ``inherits_from`` and ``patch_size`` [slices, height, width] in voxels.
+    Raises:
+        UsageError: If ``slices`` is even or below 3.
+    """
+    check_num_slices(slices)
+    return {"inherits_from": parent_name, "patch_size": [slices, *parent["patch_size"]]}
+
+
+def resolve(plans: Mapping, name: str) -> dict:
+    """A configuration of a plans file with what it inherits filled in.
+
+    Raises:
+        SmallSegError: If the plans have no configuration of that name.
+    """
+    configurations = plans["configurations"]
+    if name not in configurations:
+        hint = (
+            " Data sets of single images have no slices to stack: use 2d."
+            if name == "2.5d"
+            else " Write plans with 2d and 2.5d by: smallseg plan -d DATASET"
+        )
+        raise SmallSegError(
+            f"the plans {plans.get('plans_name')} have no configuration {name!r}, only {', '.join(configurations)}."
+            + hint
+        )
+    configuration = dict(configurations[name])
+    parent = configuration.pop("inherits_from", None)
+    return configuration if parent is None else {**resolve(plans, parent), **configuration}
+
+
+def num_slices(configuration: Mapping, name: str) -> int:
+    """How many slices a patch of this configuration has.
+
+    Args:
+        configuration: A configuration with inheritance resolved.
+        name: Its name, for messages.
+    Returns:
+        1 for a 2D configuration, S for a slab of S slices.
+    Raises:
+        SmallSegError: If it is a 3D configuration, or a slab with an even number of slices.
+    """
+    patch_size, spacing = configuration["patch_size"], configuration["spacing"]
+    if len(spacing) == 3:
+        raise SmallSegError(
+            f"the configuration {name!r} is three-dimensional (patch {list(patch_size)}), but this trainer's network "
+            "works on slices: use 2d, or 2.5d from plans written by smallseg plan -d DATASET"
+        )
+    if len(patch_size) == 2:
+        return 1
+    check_num_slices(patch_size[0])
+    return patch_size[0]

@@ -1,0 +1,177 @@
+"""Writes plans with the configurations ``2d`` and ``2.5d`` for a data set whose fingerprint nnU-Net has extracted.
+
+Patch and batch size come from nnU-Net's own 2D planner; planning by network and memory is not part of this yet.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2 import paths
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+
+from nnunetv2_smallseg.errors import SmallSegError, UsageError
+from nnunetv2_smallseg.files import write_json
+from nnunetv2_smallseg.plans.configurations import TRAINING_KEY, check_num_slices, slab_configuration
+
+__all__ = ["DEFAULT_NUM_SLICES", "DEFAULT_PLANS_NAME", "SmallSegPlanner", "plan_dataset"]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_PLANS_NAME = "nnUNetSmallSegPlans"
+DEFAULT_NUM_SLICES = 3
+# Stride of the networks: a patch that is no multiple of it would be padded with zeros inside the network.
+PATCH_MULTIPLE = 32
+
+
+class SmallSegPlanner(ExperimentPlanner):
+    """nnU-Net's planner, reduced to slices (``2d``) and slabs of slices (``2.5d``).
+
+    Args:
+        dataset: Name or number of the data set.
+        plans_name: Name of the plans.
+        num_slices: Slices of a slab, odd, at least 3; None plans ``2.5d`` with 3 where the images are volumes.
+        patch_size: Height and width in voxels, rounded up to multiples of 32; None leaves it to nnU-Net.
+        batch_size: Patches in a batch; None leaves it to nnU-Net.
+        training: Schedule for our trainers: num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: str | int,
+        plans_name: str = DEFAULT_PLANS_NAME,
+        *,
+        num_slices: int | None = None,
+        patch_size: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        training: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__(dataset, plans_name=plans_name)
+        self.num_slices = num_slices
+        self.patch_size = patch_size
+        self.batch_size = batch_size
+        self.training = dict(training or {})
+
+    def get_plans_for_configuration(self, spacing, median_shape, *arguments, **options) -> dict:
+        """Plans slices with nnU-Net's rules, for a patch that fits the networks' stride."""
+        if len(spacing) == 3:
+            # Dropped by save_plans. A patch as large as the image keeps nnU-Net from searching for a 3d_lowres.
+            return {"patch_size": median_shape, "spacing": spacing}
+        shape = median_shape if self.patch_size is None else [_round_up(size) for size in self.patch_size]
+        plan = super().get_plans_for_configuration(spacing, shape, *arguments, **options)
+        plan["median_image_size_in_voxels"] = median_shape
+        plan["patch_size"] = [_round_up(size) for size in plan["patch_size"]]
+        if self.batch_size is not None:
+            plan["batch_size"] = self.batch_size
+        if self.training:
+            plan[TRAINING_KEY] = self.training
+        return plan
+
+    def save_plans(self, plans: dict) -> None:
+        """Writes ``2d`` and, for volumes, ``2.5d``; configurations a user added to older plans are kept."""
+        planar = plans["configurations"]["2d"]
+        configurations = {"2d": planar}
+        are_volumes = plans["original_median_shape_after_transp"][0] > 1
+        if are_volumes:
+            configurations["2.5d"] = slab_configuration(planar, self.num_slices or DEFAULT_NUM_SLICES)
+        elif self.num_slices is not None:
+            raise UsageError(
+                f"{self.dataset_name} holds single images, which have no slices to stack: leave out -num_slices; "
+                "the plans get the configuration 2d only"
+            )
+        target = Path(paths.nnUNet_preprocessed) / self.dataset_name / f"{self.plans_identifier}.json"
+        if target.is_file():
+            old = load_json(str(target))
+            if old.get("experiment_planner_used") != type(self).__name__:
+                raise UsageError(
+                    f"{target} was written by {old.get('experiment_planner_used')}, not by smallseg plan, and is left "
+                    "as it is: choose another -plans_name"
+                )
+            configurations = {
+                **configurations,
+                **{name: entry for name, entry in old["configurations"].items() if name not in ("2d", "2.5d")},
+            }
+        plans["configurations"] = configurations
+        recursive_fix_for_json_export(plans)
+        write_json(plans, target)
+
+
+def _round_up(size: float) -> int:
+    return math.ceil(size / PATCH_MULTIPLE) * PATCH_MULTIPLE
+
+
+def plan_dataset(
+    dataset: str | int,
+    plans_name: str = DEFAULT_PLANS_NAME,
+    *,
+    num_slices: int | None = None,
+    patch_size: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    training: Mapping[str, int] | None = None,
+) -> tuple[Path, dict]:
+    """Plans a data set; see ``SmallSegPlanner`` for the arguments.
+
+    Returns:
+        Path of the plans file and its content.
+    Raises:
+        UsageError: If the data set is unknown or an option is impossible.
+        SmallSegError: If nnU-Net's folders or the fingerprint are missing.
+    """
+    if num_slices is not None:
+        check_num_slices(num_slices)
+    for variable in (paths.nnUNet_raw, paths.nnUNet_preprocessed):
+        if not variable.is_set():
+            raise SmallSegError(
+                f"the environment variable {variable.env_var_name} is not set: export it as the folder nnU-Net uses, "
+                f"e.g. export {variable.env_var_name}=/data/{variable.env_var_name}"
+            )
+    name = _dataset_name(dataset)
+    raw, preprocessed = Path(paths.nnUNet_raw) / name, Path(paths.nnUNet_preprocessed) / name
+    if not (raw / "dataset.json").is_file():
+        raise SmallSegError(f"{raw / 'dataset.json'} does not exist: put the raw data set {name} into {raw.parent}")
+    if not (preprocessed / "dataset_fingerprint.json").is_file():
+        raise SmallSegError(
+            f"{name} has no fingerprint yet ({preprocessed / 'dataset_fingerprint.json'} is missing): first run "
+            f"nnUNetv2_extract_fingerprint -d {int(name[7:10])} --verify_dataset_integrity"
+        )
+    chatter = io.StringIO()  # nnU-Net prints its plans, 3D ones included, on stdout
+    try:
+        with redirect_stdout(chatter):
+            planner = SmallSegPlanner(
+                name,
+                plans_name,
+                num_slices=num_slices,
+                patch_size=patch_size,
+                batch_size=batch_size,
+                training=training,
+            )
+            plans = planner.plan_experiment()
+    except AssertionError as error:
+        raise SmallSegError(
+            f"splits_final.json in {raw} and in {preprocessed} hold different folds: delete the one you do not want"
+        ) from error
+    finally:
+        logger.debug(chatter.getvalue())
+    return preprocessed / f"{plans_name}.json", plans
+
+
+def _dataset_name(dataset: str | int) -> str:
+    """Full name of a data set given by name or number."""
+    try:
+        name = maybe_convert_to_dataset_name(dataset)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"there is no data set {dataset!r}: give the number or the full name of a folder DatasetXXX_Name in "
+            f"{paths.nnUNet_raw.get()}"
+        ) from error
+    if not (Path(paths.nnUNet_raw) / name).is_dir():
+        raise UsageError(f"there is no data set {name!r} in {paths.nnUNet_raw.get()}")
+    return name

@@ -1,0 +1,103 @@
+"""One entry per published weight file: where it is, how to check it, and what it fits.
+
+Pure data. It imports neither torch nor nnunetv2, so that command line, documentation and tests can read it at no
+cost. ``smallseg weights`` and ``pretrained.store`` work on whatever is listed here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nnunetv2_smallseg.errors import UsageError
+
+__all__ = ["ENTRIES", "WeightEntry", "entry", "names"]
+
+
+@dataclass(frozen=True)
+class WeightEntry:
+    """A weight file that others published.
+
+    Attributes:
+        name: Name in commands and trainers.
+        description: One line for tables.
+        file_names: Names of the file in the weights folder. Downloads get the first; the others are names under which
+            people already have it.
+        urls: Direct addresses, tried in this order.
+        manual_url: Address that needs a browser, or None.
+        size_bytes: Length of the file.
+        sha256: Checksum of the file, hexadecimal.
+        sha256_source: Who states size and checksum.
+        licence: Licence of the file.
+        source: Page that publishes the file.
+        paper: Paper of the pretrained network.
+        layout: Names and shapes inside, which choose the loader in ``pretrained.load``.
+        imagenet_top1: Top-1 accuracy on ImageNet-1K at 224 x 224 pixels, in percent.
+        fits: Names of the networks that can start from it.
+    """
+
+    name: str
+    description: str
+    file_names: tuple[str, ...]
+    urls: tuple[str, ...]
+    manual_url: str | None
+    size_bytes: int
+    sha256: str
+    sha256_source: str
+    licence: str
+    source: str
+    paper: str
+    layout: str
+    imagenet_top1: float
+    fits: tuple[str, ...]
+
+    @property
+    def file_name(self) -> str:
+        """Name under which a download is stored."""
+        return self.file_names[0]
+
+    @property
+    def variable(self) -> str:
+        """Environment variable that points to another file to be used in place of this one."""
+        return f"SMALLSEG_WEIGHTS_{self.name.upper()}"
+
+
+ENTRIES: tuple[WeightEntry, ...] = (
+    WeightEntry(
+        name="vmamba_tiny_imagenet",
+        description="VMamba-Tiny, first version (depths 2-2-9-2), ImageNet-1K",
+        file_names=("vssmtiny_dp01_ckpt_epoch_292.pth", "vmamba_tiny_e292.pth"),
+        urls=(
+            "https://github.com/MzeroMiko/VMamba/releases/download/%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth",
+            "https://github.com/MzeroMiko/VMamba/releases/download/%2320240218/vssmtiny_dp01_ckpt_epoch_292.pth",
+        ),
+        manual_url="https://drive.google.com/file/d/1ml7nZM-YPYbQurHiodf4dpXHw88dXFfP/view?usp=sharing",
+        size_bytes=91_649_482,
+        sha256="dbc0cc4f5ec0e45db5fba7c939d2c7d9b617e891ac10766912a8d604c37c5e47",
+        sha256_source="third-party projects that use the file; VMamba's authors publish no checksum",
+        licence="MIT",
+        source="https://github.com/MzeroMiko/VMamba",
+        paper="VMamba: Visual State Space Model, NeurIPS 2024, https://arxiv.org/abs/2401.10166",
+        layout="vmamba_tiny",
+        imagenet_top1=82.2,
+        fits=("SwinUMamba", "SwinUMambaD"),
+    ),
+)
+
+
+def names() -> list[str]:
+    """Names of all entries."""
+    return [weights.name for weights in ENTRIES]
+
+
+def entry(name: str) -> WeightEntry:
+    """The entry called ``name``.
+
+    Raises:
+        UsageError: If there is none; the message lists the known names.
+    """
+    for weights in ENTRIES:
+        if weights.name == name:
+            return weights
+    raise UsageError(
+        f"no weights are called '{name}'. Known names: {', '.join(names())}. `smallseg weights list` describes them."
+    )

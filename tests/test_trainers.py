@@ -1,0 +1,341 @@
+"""Every trainer of the registry, one body: discovery, training steps on slices and slabs, recipe, weights, resuming."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+from nnunetv2_smallseg import registry, trainers
+from nnunetv2_smallseg.errors import CommandStopped
+from nnunetv2_smallseg.trainers import base
+from nnunetv2_smallseg.trainers.schedules import CosineSchedule
+
+NAMES = list(registry.trainers())
+every_trainer = pytest.mark.parametrize("name", NAMES)
+every_configuration = pytest.mark.parametrize("configuration", ["2d", "2.5d"])
+
+
+class LoadedNothing:
+    """Stands for the report of loading weights where the file itself is not the point."""
+
+    @staticmethod
+    def summary() -> str:
+        return "weights replaced by the test"
+
+
+@pytest.fixture
+def without_weight_file(monkeypatch) -> list:
+    """Records requests for pretrained weights instead of reading files."""
+    requests = []
+
+    def load(network, weights, **options):
+        requests.append((network, weights, options))
+        return LoadedNothing
+
+    monkeypatch.setattr(base, "load_pretrained", load)
+    return requests
+
+
+def make(name: str, workspace, configuration: str = "2d", plans: dict | None = None, **dataset_changes) -> nnUNetTrainer:
+    plans = copy.deepcopy(plans or workspace.plans())
+    plans["continue_training"] = False
+    dataset_json = {**workspace.dataset_json(), **dataset_changes}
+    return getattr(trainers, name)(plans, configuration, 0, dataset_json, torch.device("cpu"))
+
+
+def random_batch(trainer: nnUNetTrainer, channels: int = 1, heads: int = 1) -> dict:
+    """A batch as the data loader gives it: random images and labels at every scale of deep supervision."""
+    generator = torch.Generator().manual_seed(0)
+    patch = trainer.configuration_manager.patch_size
+    scales = trainer._get_deep_supervision_scales() or [[1.0] * len(patch)]
+    targets = []
+    for scale in scales:
+        size = [round(voxels * factor) for voxels, factor in zip(patch, scale, strict=True)]
+        targets.append(torch.randint(0, 2, (2, heads, *size), generator=generator))
+    images = torch.randn((2, channels, *patch), generator=generator)
+    return {"data": images, "target": targets if trainer.enable_deep_supervision else targets[0], "keys": ["a", "b"]}
+
+
+@every_trainer
+def test_nnunet_finds_the_installed_class(name, nnunet_folders):
+    assert recursive_find_trainer_class_by_name(name) is getattr(trainers, name)
+
+
+@every_trainer
+def test_signatures_are_those_of_nnunet(name):
+    trainer = getattr(trainers, name)
+    assert list(inspect.signature(trainer.__init__).parameters) == list(
+        inspect.signature(nnUNetTrainer.__init__).parameters
+    )
+    assert isinstance(inspect.getattr_static(trainer, "build_network_architecture"), staticmethod)
+    assert list(inspect.signature(trainer.build_network_architecture).parameters) == list(
+        inspect.signature(nnUNetTrainer.build_network_architecture).parameters
+    )
+
+
+@every_trainer
+def test_registry_tells_the_truth(name, nnunet_folders):
+    entry = registry.trainer(name)
+    trainer = make(name, nnunet_folders)
+    trainer.initialize()
+    assert type(trainer.planar_network).__name__ == entry.network
+    assert trainer.weights == entry.weights
+
+
+@every_trainer
+@every_configuration
+def test_a_step_lowers_the_loss_and_validation_runs(name, configuration, nnunet_folders, without_weight_file):
+    torch.manual_seed(0)
+    trainer = make(name, nnunet_folders, configuration)
+    trainer.initialize()
+    trainer.network.eval()  # without stochastic depth, so that losses compare
+    batch = random_batch(trainer)
+    losses = [float(trainer.train_step(batch)["loss"]) for _ in range(3)]
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
+    with torch.no_grad():
+        result = trainer.validation_step(batch)
+    assert np.isfinite(result["loss"])
+    voxels = np.prod(trainer.configuration_manager.patch_size) * 2
+    assert 0 < result["tp_hard"].sum() + result["fp_hard"].sum() + result["fn_hard"].sum() <= voxels
+
+
+@every_trainer
+@every_configuration
+def test_data_loader_gives_targets_of_the_outputs_size(name, configuration, nnunet_folders, without_weight_file):
+    trainer = make(name, nnunet_folders, configuration)
+    trainer.initialize()
+    loaders = trainer.get_dataloaders()
+    with torch.no_grad():
+        for loader in loaders:
+            batch = next(loader)
+            outputs = trainer.network(batch["data"])
+            outputs = outputs if trainer.enable_deep_supervision else [outputs]
+            targets = batch["target"] if trainer.enable_deep_supervision else [batch["target"]]
+            assert [output.shape[2:] for output in outputs] == [target.shape[2:] for target in targets]
+
+
+@every_trainer
+def test_saved_model_predicts_the_same_logits(name, nnunet_folders, without_weight_file):
+    trainer = make(name, nnunet_folders, "2.5d")
+    trainer.initialize()
+    trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    trainer.save_checkpoint(f"{trainer.output_folder}/checkpoint_final.pth")
+    for part, content in (("plans", trainer.plans_manager.plans), ("dataset", trainer.dataset_json)):
+        with open(f"{trainer.output_folder_base}/{part}.json", "w") as file:
+            json.dump(content, file)
+    predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,))
+    assert predictor.allowed_mirroring_axes == (1, 2)
+    slab = torch.randn(1, 1, *trainer.configuration_manager.patch_size)
+    trainer.set_deep_supervision_enabled(False)
+    with torch.no_grad():
+        torch.testing.assert_close(predictor.network.eval()(slab), trainer.network.eval()(slab), rtol=0, atol=1e-5)
+    # Slabs thinner than S slices are padded by nnU-Net and cropped again.
+    logits = predictor.predict_sliding_window_return_logits(torch.randn(1, 1, 64, 64))
+    assert logits.shape == (2, 1, 64, 64)
+
+
+@every_trainer
+def test_deep_supervision_stays_off_where_the_trainer_has_none(name, nnunet_folders):
+    trainer = make(name, nnunet_folders)
+    trainer.initialize()
+    trainer.set_deep_supervision_enabled(False)
+    assert trainer.planar_network.deep_supervision is False
+    trainer.set_deep_supervision_enabled(True)  # as nnU-Net does after its final validation
+    assert trainer.planar_network.deep_supervision is trainer.supervise_deeply
+    scales = trainer._get_deep_supervision_scales()
+    expected = [[1 / s, 1 / s] for s in registry.network(registry.trainer(name).network).deep_supervision_strides]
+    assert scales == (expected if trainer.supervise_deeply else None)
+
+
+@every_trainer
+def test_stock_plans_work_whatever_their_patch(name, nnunet_folders, without_weight_file):
+    plans = nnunet_folders.plans("nnUNetPlans")
+    plans["configurations"]["2d"].update(patch_size=[40, 56], batch_size=2)
+    trainer = make(name, nnunet_folders, "2d", plans)
+    assert (trainer.num_epochs, trainer.num_iterations_per_epoch) == (1000, 250)
+    trainer.initialize()
+    assert np.isfinite(trainer.train_step(random_batch(trainer))["loss"])
+
+
+@every_trainer
+def test_regions_and_ignore_label(name, nnunet_folders, without_weight_file):
+    labels = {"background": 0, "lesion": [1, 2], "core": 2, "ignore": 3}
+    trainer = make(name, nnunet_folders, labels=labels, regions_class_order=[1, 2])
+    trainer.initialize()
+    batch = random_batch(trainer, heads=3)  # two regions and the ignore mask
+    assert np.isfinite(trainer.train_step(batch)["loss"])
+    trainer = make(name, nnunet_folders, labels={"background": 0, "lesion": 1, "ignore": 2})
+    trainer.initialize()
+    batch = random_batch(trainer)
+    for target in batch["target"] if trainer.enable_deep_supervision else [batch["target"]]:
+        target[..., 0] = 2
+    assert np.isfinite(trainer.train_step(batch)["loss"])
+
+
+@every_trainer
+def test_3d_configurations_are_refused_before_anything_is_written(name, nnunet_folders, tmp_path):
+    with pytest.raises(CommandStopped, match="'3d_fullres' is three-dimensional") as stopped:
+        make(name, nnunet_folders, "3d_fullres", nnunet_folders.plans("nnUNetPlans"))
+    assert "2.5d" in str(stopped.value)
+    with pytest.raises(CommandStopped, match=r"no configuration '2.5d'.*smallseg plan|no slices to stack"):
+        make(name, nnunet_folders, "2.5d", nnunet_folders.plans("nnUNetPlans"))
+    assert not (tmp_path / "results").exists()
+
+
+@every_trainer
+def test_optimizer_follows_the_paper(name, nnunet_folders, shared):
+    facts = json.loads((shared / "reference" / "swin_umamba" / "training_facts.json").read_text())
+    trainer = make(name, nnunet_folders)
+    trainer.initialize()
+    decayed, exempt = trainer.optimizer.param_groups
+    assert isinstance(trainer.optimizer, torch.optim.AdamW)
+    assert decayed["lr"] == exempt["lr"] == facts["optimizer"]["lr"]
+    assert decayed["weight_decay"] == facts["optimizer"]["weight_decay"]
+    assert exempt["weight_decay"] == 0
+    assert decayed["eps"] == facts["optimizer"]["eps"]
+    assert list(decayed["betas"]) == facts["optimizer"]["betas"]
+    everything = {id(parameter) for parameter in trainer.network.parameters()}
+    assert {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]} == everything
+    assert trainer.freeze_encoder_epochs == max(0, facts["freeze_encoder_epochs"][name.removeprefix("nnUNetTrainer")])
+    assert trainer.supervise_deeply == facts["deep_supervision"]["enabled"][name.removeprefix("nnUNetTrainer")]
+
+
+def test_cosine_equals_the_official_schedule(shared):
+    facts = json.loads((shared / "reference" / "swin_umamba" / "training_facts.json").read_text())["scheduler"]
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = CosineSchedule(optimizer, 1e-4, facts["eta_min"], facts["T_max"])
+    for epoch, rate in facts["lr_at_epoch"].items():
+        schedule.step(int(epoch))
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate, rel=1e-9)
+    assert schedule.rate(2000) == facts["eta_min"]
+
+
+def test_cosine_ends_with_the_training(nnunet_folders):
+    trainer = make("nnUNetTrainerSwinUMambaD", nnunet_folders)
+    trainer.initialize()
+    assert trainer.num_epochs == trainer.lr_scheduler.num_epochs == 2  # from the plans
+    assert trainer.lr_scheduler.rate(2) == trainer.min_learning_rate
+
+
+@every_trainer
+def test_encoder_is_frozen_in_the_first_epochs_only(name, nnunet_folders, without_weight_file):
+    trainer = make(name, nnunet_folders)
+    trainer.initialize()
+    encoder = list(trainer.planar_network.encoder_parameters())
+    others = {id(parameter) for parameter in trainer.network.parameters()} - {id(parameter) for parameter in encoder}
+    for epoch in (0, 9, 10, 11, 3):
+        trainer.current_epoch = epoch
+        trainer.logger.local_logger.my_fantastic_logging["lrs"] = [0.0] * epoch
+        trainer.on_train_epoch_start()
+        frozen = epoch < trainer.freeze_encoder_epochs
+        assert {parameter.requires_grad for parameter in encoder} == {not frozen}
+        assert all(parameter.requires_grad for parameter in trainer.network.parameters() if id(parameter) in others)
+        assert trainer.network.training
+    before = [parameter.clone() for parameter in encoder]
+    trainer.train_step(random_batch(trainer))  # epoch 3
+    moved = [not torch.equal(old, new) for old, new in zip(before, encoder, strict=True)]
+    assert any(moved) is (trainer.freeze_encoder_epochs == 0)
+
+
+PRETRAINED = [name for name in NAMES if registry.trainer(name).weights]
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+@every_configuration
+def test_weights_are_read_once_before_the_first_epoch(name, configuration, nnunet_folders, without_weight_file):
+    trainer = make(name, nnunet_folders, configuration)
+    trainer.initialize()
+    assert without_weight_file == []
+    trainer.on_train_start()
+    [(network, weights, options)] = without_weight_file
+    assert network is trainer.planar_network
+    assert weights == registry.trainer(name).weights
+    assert options == {"adapt_input_channels": True}
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_a_missing_weight_file_stops_training(name, nnunet_folders, monkeypatch, tmp_path):
+    monkeypatch.setenv("SMALLSEG_WEIGHTS", str(tmp_path / "weights"))
+    trainer = make(name, nnunet_folders)
+    with pytest.raises(CommandStopped, match="smallseg weights fetch vmamba_tiny_imagenet"):
+        trainer.on_train_start()
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_resuming_and_foreign_checkpoints_need_no_weight_file(name, nnunet_folders, without_weight_file, tmp_path):
+    trainer = make(name, nnunet_folders)
+    trainer.initialize()
+    trainer.save_checkpoint(str(tmp_path / "checkpoint.pth"))
+    resumed = make(name, nnunet_folders)
+    resumed.load_checkpoint(str(tmp_path / "checkpoint.pth"))
+    resumed.on_train_start()
+    assert without_weight_file == []
+    for key, tensor in trainer.network.state_dict().items():
+        assert torch.equal(tensor, resumed.network.state_dict()[key]), key
+
+
+def test_weights_can_be_transferred_to_other_classes(nnunet_folders, without_weight_file, tmp_path):
+    """``nnUNetv2_train -pretrained_weights`` with a model of another number of classes."""
+    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+
+    name = "nnUNetTrainerSwinUMamba"
+    trainer = make(name, nnunet_folders, labels={"background": 0, "a": 1, "b": 2, "c": 3})
+    trainer.initialize()
+    trainer.save_checkpoint(str(tmp_path / "checkpoint.pth"))
+    other = make(name, nnunet_folders)
+    other.initialize()
+    load_pretrained_weights(other.network, str(tmp_path / "checkpoint.pth"))
+    assert torch.equal(other.network.stem.conv.weight, trainer.network.stem.conv.weight)
+    other.on_train_start()
+    assert without_weight_file == []
+
+
+def test_slab_augmentation_stays_within_the_plane(nnunet_folders):
+    trainer = make("nnUNetTrainerSwinUMambaD", nnunet_folders, "2.5d")
+    rotation, dummy_2d, initial, axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    planar = make("nnUNetTrainerSwinUMambaD", nnunet_folders, "2d")
+    planar_rotation, _, planar_initial, _ = planar.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    assert (rotation, list(initial)) == (planar_rotation, [3, *planar_initial])
+    assert dummy_2d is True
+    assert axes == trainer.inference_allowed_mirroring_axes == (1, 2)
+    assert trainer.configuration_manager.patch_size == [3, 64, 64]
+
+
+@pytest.mark.parametrize("slices", [3, 5])
+def test_all_slices_of_a_slab_are_transformed_alike(slices):
+    """Equal slices stay equal, whatever was drawn, apart from noise, which is independent in every voxel."""
+    trainer = trainers.nnUNetTrainerSwinUMambaD
+    transforms = trainer.get_training_transforms([slices, 32, 32], (-3.0, 3.0), None, (1, 2), True)
+    transforms.transforms = [
+        transform
+        for transform in transforms.transforms
+        if "GaussianNoise" not in type(getattr(transform, "transform", transform)).__name__
+    ]
+    torch.manual_seed(0)
+    np.random.seed(0)
+    image = torch.randn(2, 1, 48, 48).expand(-1, slices, -1, -1)
+    labels = torch.randint(0, 2, (1, 1, 48, 48), dtype=torch.int16).expand(-1, slices, -1, -1)
+    changed = 0
+    for _ in range(60):
+        result = transforms(image=image.clone(), segmentation=labels.clone())
+        assert result["image"].shape == (2, slices, 32, 32)
+        torch.testing.assert_close(result["image"], result["image"][:, :1].expand(-1, slices, -1, -1))
+        assert torch.equal(result["segmentation"], result["segmentation"][:, :1].expand(-1, slices, -1, -1))
+        changed += not torch.equal(result["image"], image[:, :, 8:40, 8:40])
+    assert changed > 40
+
+
+def test_stopping_a_command_is_an_error_for_library_users():
+    with pytest.raises(Exception, match="reason"):
+        raise CommandStopped("reason")
+    assert issubclass(CommandStopped, SystemExit)
