@@ -27,6 +27,6 @@ def count_multiply_adds(network: torch.nn.Module, shape: tuple[int, ...]) -> int
         Sum over convolutions, linear layers, einsums, normalisations and selective scans.
     """
     analysis = FlopCountAnalysis(network.eval(), torch.zeros(shape))
-    analysis.set_op_handle("nnunetv2_smallseg::selective_scan_forward", _scan_operations)
+    analysis.set_op_handle("nnunetv2_smallseg::selective_scan", _scan_operations)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     return math.floor(analysis.total())

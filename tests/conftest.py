@@ -99,9 +99,7 @@ def nnunet_workspace(tmp_path_factory) -> Workspace:
     }
     workspace = Workspace(folder, environment)
     (folder / "raw").mkdir()
-    write_phantom(
-        folder / "raw" / workspace.dataset, seed=7, num_training=5, num_held_back=2, shape=(16, 64, 64)
-    )
+    write_phantom(folder / "raw" / workspace.dataset, seed=7, num_training=5, num_held_back=2, shape=(16, 64, 64))
     workspace.run("nnUNetv2_extract_fingerprint", "-d", workspace.number, "--verify_dataset_integrity", "-np", 2)
     schedule = ("-num_epochs", 2, "-num_iterations", 2, "-num_val_iterations", 1)
     workspace.run("smallseg", "plan", "-d", workspace.number, "-batch_size", 2, *schedule)

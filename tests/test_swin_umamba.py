@@ -42,15 +42,25 @@ def official_weights(deterministic_weights, entries: dict, salt: str = "", stron
 
 def network_cases() -> list[dict]:
     """Cases of the reference folder without pretrained weights, which test_weights.py covers."""
-    sizes = {"c1_k3_b1_64x64": (1, 3, 1, 64, 64), "c1_k3_b2_64x96": (1, 3, 2, 64, 96), "c3_k2_b1_96x64": (3, 2, 1, 96, 64)}
+    sizes = {
+        "c1_k3_b1_64x64": (1, 3, 1, 64, 64),
+        "c1_k3_b2_64x96": (1, 3, 2, 64, 96),
+        "c3_k2_b1_96x64": (3, 2, 1, 96, 64),
+    }
     cases = []
     for prefix, name in (("swin_umamba", "SwinUMamba"), ("swin_umamba_d", "SwinUMambaD")):
         for strong in (False, True):
             for size, numbers in sizes.items():
                 if strong and size != "c1_k3_b1_64x64":
                     continue
-                cases.append({"file": f"ref_{'strong_' * strong}{prefix}_{size}", "network": name, "strong": strong,
-                              "numbers": numbers})
+                cases.append(
+                    {
+                        "file": f"ref_{'strong_' * strong}{prefix}_{size}",
+                        "network": name,
+                        "strong": strong,
+                        "numbers": numbers,
+                    }
+                )
     return cases
 
 
@@ -59,7 +69,9 @@ def build_reference_network(case: dict, manifest: dict, deterministic_weights) -
     network = NETWORKS[case["network"]](channels, classes)
     entries = {name: (tuple(tensor.shape), None) for name, tensor in to_official(network.state_dict()).items()}
     if (channels, classes) == (1, 3):
-        expected = {name: (tuple(shape), None) for name, (shape, _) in manifest["networks"][case["network"]]["entries"].items()}
+        expected = {
+            name: (tuple(shape), None) for name, (shape, _) in manifest["networks"][case["network"]]["entries"].items()
+        }
         assert entries == expected
     weights = official_weights(deterministic_weights, entries, strong_scan=case["strong"])
     network.load_state_dict(from_official(weights))
@@ -239,7 +251,7 @@ SINGLE_MODULES = {
 @pytest.mark.parametrize("name", SINGLE_MODULES)
 @torch.no_grad()
 def test_single_modules(name, reference, manifest, deterministic_weights):
-    entry = manifest["single_modules"]["files"]["ref_modules.npz"][name]
+    entry = manifest["single_modules"]["ref_modules.npz"][name]
     build, renamings = SINGLE_MODULES[name]
     salt = entry.get("salt", "")
     module = load_module(build(), official_weights(deterministic_weights, entry["entries"], salt), renamings)

@@ -44,7 +44,9 @@ def without_weight_file(monkeypatch) -> list:
     return requests
 
 
-def make(name: str, workspace, configuration: str = "2d", plans: dict | None = None, **dataset_changes) -> nnUNetTrainer:
+def make(
+    name: str, workspace, configuration: str = "2d", plans: dict | None = None, **dataset_changes
+) -> nnUNetTrainer:
     plans = copy.deepcopy(plans or workspace.plans())
     plans["continue_training"] = False
     dataset_json = {**workspace.dataset_json(), **dataset_changes}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import pickle
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +55,23 @@ def vmamba(layouts, deterministic_weights) -> dict[str, torch.Tensor]:
     return deterministic_weights.fill_state_dict(
         {name: torch.empty(shape) for name, shape in layouts["vmamba_tiny_v0"].items()}, "ckpt"
     )
+
+
+@pytest.fixture(scope="module")
+def build() -> Callable[..., torch.nn.Module]:
+    """Function that gives a network with 2 classes whose every weight is 0.5; built once, as that takes a second."""
+    built = {}
+
+    def make(network_class: type, channels: int) -> torch.nn.Module:
+        if (network_class, channels) not in built:
+            built[network_class, channels] = network_class(channels, 2)
+        network = built[network_class, channels]
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.fill_(0.5)
+        return network
+
+    return make
 
 
 def state_of(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -192,10 +212,13 @@ def test_malicious_pickle_is_refused(tmp_path, function, name, legacy):
 
 
 def test_stand_ins_are_only_allowed_while_reading(tmp_path):
-    before = torch.serialization.get_safe_globals()
+    before = set(torch.serialization.get_safe_globals())
     torch.save(SMALL, tmp_path / "a.pth")
     read_checkpoint(tmp_path / "a.pth")
-    assert torch.serialization.get_safe_globals() == before
+    (tmp_path / "a.pth").write_bytes(b"damaged")
+    with pytest.raises(WeightsError):
+        read_checkpoint(tmp_path / "a.pth")
+    assert set(torch.serialization.get_safe_globals()) == before
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -274,8 +297,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("network_class", "channels", "options", "case", "matched", "adapted"), CASES)
-def test_every_tensor_arrives(vmamba, mapping, network_class, channels, options, case, matched, adapted):
-    network = network_class(channels, 3)
+def test_every_tensor_arrives(build, vmamba, mapping, network_class, channels, options, case, matched, adapted):
+    network = build(network_class, channels)
     before = state_of(network)
     report = load_vmamba_tiny(network, vmamba, **options)
     after = state_of(network)
@@ -298,8 +321,8 @@ def test_every_tensor_arrives(vmamba, mapping, network_class, channels, options,
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 7])
-def test_adapted_patch_embedding(vmamba, channels):
-    network = SwinUMambaD(channels, 2)
+def test_adapted_patch_embedding(build, vmamba, channels):
+    network = build(SwinUMambaD, channels)
     report = load_vmamba_tiny(network, vmamba)
     assert report.adapted == ("encoder.patch_embed.proj.weight",)
     projection = network.encoder.patch_embed.proj
@@ -335,8 +358,8 @@ def test_new_names_of_the_same_network(vmamba, mapping):
 
 @pytest.mark.parametrize("name", NEWER)
 @pytest.mark.parametrize("network_class", [SwinUMamba, SwinUMambaD])
-def test_newer_architectures_are_refused_by_name(layouts, network_class, name):
-    network = network_class(3, 2)
+def test_newer_architectures_are_refused_by_name(build, layouts, network_class, name):
+    network = build(network_class, 3)
     before = state_of(network)
     with pytest.raises(
         WeightsError, match=rf"the checkpoint is {name} \(depths 2-2-.*nothing was loaded.*weights fetch"
@@ -388,9 +411,9 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_anything_else_is_refused_and_changes_nothing(vmamba, mutation):
+def test_anything_else_is_refused_and_changes_nothing(build, vmamba, mutation):
     change, message = MUTATIONS[mutation]
-    network = SwinUMambaD(1, 2)
+    network = build(SwinUMambaD, 1)
     before = state_of(network)
     with pytest.raises(WeightsError, match=rf"(?s)nothing was loaded.*{message}"):
         load_vmamba_tiny(network, change(vmamba))
@@ -402,23 +425,26 @@ def test_network_without_encoder(vmamba):
         load_vmamba_tiny(torch.nn.Linear(1, 1), vmamba)
 
 
-def test_gradients_still_reach_loaded_parameters(vmamba):
-    network = SwinUMambaD(3, 2)
+def test_gradients_still_reach_loaded_parameters(build, vmamba):
+    network = build(SwinUMambaD, 3)
     parameters = dict(network.named_parameters())
     report = load_vmamba_tiny(network, vmamba)
     assert all(parameters[name].requires_grad for name in (*report.matched, *report.adapted))
     assert all(parameter is parameters[name] for name, parameter in network.named_parameters())
 
 
-def test_summary(vmamba):
-    lines = load_vmamba_tiny(SwinUMambaD(1, 2), vmamba).summary().splitlines()
+def test_summary(build, vmamba):
+    lines = load_vmamba_tiny(build(SwinUMambaD, 1), vmamba).summary().splitlines()
     assert lines == [
         "SwinUMambaD: 207 tensors loaded from VMamba-Tiny (ImageNet-1K), 1 adapted, 0 of the encoder left at their own "
         "initialisation",
         "  adapted to the input channels: encoder.patch_embed.proj.weight",
         "  unused in the checkpoint: norm.weight, norm.bias, head.weight, head.bias",
     ]
-    assert "own initialisation: encoder.patch_embed.proj.weight" in load_vmamba_tiny(SwinUMamba(1, 2), vmamba).summary()
+    assert (
+        "own initialisation: encoder.patch_embed.proj.weight"
+        in load_vmamba_tiny(build(SwinUMamba, 1), vmamba).summary()
+    )
 
 
 @pytest.mark.parametrize(
@@ -444,19 +470,35 @@ def test_outputs_equal_the_authors_loader(reference, deterministic_weights, vmam
 # ------------------------------------------------------------------------------------------------- load_pretrained
 
 
-def test_load_pretrained_from_a_given_file(tmp_path, vmamba):
+def test_load_pretrained_from_a_given_file(build, tmp_path, vmamba):
     torch.save({"model": vmamba}, tmp_path / "own.pth")
-    network = SwinUMambaD(2, 2)
+    network = build(SwinUMambaD, 2)
     report = load_pretrained(network, "vmamba_tiny_imagenet", file=tmp_path / "own.pth")
     assert (len(report.matched), len(report.adapted)) == (207, 1)
     report = load_pretrained(network, "vmamba_tiny_imagenet", adapt_input_channels=False, file=tmp_path / "own.pth")
     assert (len(report.matched), len(report.adapted)) == (204, 0)
 
 
-def test_load_pretrained_names_the_file_in_errors(tmp_path):
+def test_load_pretrained_from_the_weights_folder(build, tmp_path, monkeypatch, vmamba):
+    published = entries.entry("vmamba_tiny_imagenet")
+    file = tmp_path / published.file_name
+    torch.save({"model": vmamba}, file)
+    content = file.read_bytes()
+    assert abs(len(content) - published.size_bytes) < 50_000  # the published size fits one copy of this layout
+    changed = dataclasses.replace(published, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(entries, "ENTRIES", (changed,))
+    monkeypatch.setenv("SMALLSEG_WEIGHTS", str(tmp_path))
+    monkeypatch.delenv(published.variable, raising=False)
+    assert len(load_pretrained(build(SwinUMambaD, 3), published.name).matched) == 208
+    file.write_bytes(content[:-1])
+    with pytest.raises(WeightsError, match="is not the published file"):
+        load_pretrained(build(SwinUMambaD, 3), published.name)
+
+
+def test_load_pretrained_names_the_file_in_errors(build, tmp_path):
     torch.save({"model": SMALL}, tmp_path / "own.pth")
     with pytest.raises(WeightsError, match=r"own\.pth: the checkpoint is not the VMamba-Tiny"):
-        load_pretrained(SwinUMambaD(2, 2), "vmamba_tiny_imagenet", file=tmp_path / "own.pth")
+        load_pretrained(build(SwinUMambaD, 2), "vmamba_tiny_imagenet", file=tmp_path / "own.pth")
 
 
 def test_registry_and_entries_agree():

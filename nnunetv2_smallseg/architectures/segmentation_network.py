@@ -71,9 +71,11 @@ class SegmentationNetwork(nn.Module, ABC):
                 f"{type(self).__name__} got an input of shape {tuple(image.shape)}, but reads (batch, "
                 f"{self.input_channels}, height, width)"
             )
-        outputs = self.forward_padded(pad_to_multiple(image, self.stride))
-        strides = self.deep_supervision_strides[: len(outputs)]
-        outputs = crop_to_input(outputs, (image.shape[-2], image.shape[-1]), strides)
+        padded = pad_to_multiple(image, self.stride)
+        outputs = self.forward_padded(padded)
+        if padded is not image:
+            strides = self.deep_supervision_strides[: len(outputs)]
+            outputs = crop_to_input(outputs, (image.shape[-2], image.shape[-1]), strides)
         return outputs if self.deep_supervision else outputs[0]
 
     def no_weight_decay(self) -> set[str]:

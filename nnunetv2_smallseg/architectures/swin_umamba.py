@@ -18,6 +18,7 @@ What differs from the official code, and why:
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -219,7 +220,7 @@ class MambaDecoder(nn.Module):
         super().__init__()
         self.deep_supervision = deep_supervision
         skips = tuple(reversed(widths[:-1]))
-        rates = torch.linspace(drop_path_rate, 0, self.blocks_per_stage * len(skips)).split(self.blocks_per_stage)
+        rates = np.linspace(drop_path_rate, 0, self.blocks_per_stage * len(skips)).reshape(len(skips), -1)
         self.expand_layers = nn.ModuleList(PatchExpanding(2 * width, width, factor=2) for width in skips)
         self.expand_layers.append(PatchExpanding(widths[0], widths[0], factor=patch_size))
         self.concat_back_dim = nn.ModuleList(nn.Linear(2 * width, width) for width in skips)

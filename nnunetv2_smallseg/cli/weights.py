@@ -118,7 +118,7 @@ def run_import_official(arguments: argparse.Namespace) -> int:
         f"classes, {len(imported.state_dict)} tensors\nwritten: {arguments.output}"
     )
     print(
-        f"next: nnUNetv2_train DATASET 2d FOLD -tr nnUNetTrainer{imported.network}Scratch "
+        f"next: nnUNetv2_train DATASET 2d FOLD -tr nnUNetTrainer{imported.network} "
         f"-pretrained_weights {arguments.output}\n"
         f"The data set has to have {imported.input_channels} input channels; its classes may differ, "
         "because the heads start anew."

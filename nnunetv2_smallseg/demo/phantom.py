@@ -198,7 +198,7 @@ def write_phantom(
     """Writes the phantom as an nnU-Net raw data set.
 
     The second training case and the last case held back have no lesion; the others have four each, and the diameters
-    of ``LESION_DIAMETERS_MM`` are dealt out in turn. The last quarter of the training cases validates the one fold of
+    of ``LESION_DIAMETERS_MM`` are dealt out in turn. The last sixth of the training cases validates the one fold of
     ``splits_final.json``. ``lesions.json`` tells what was drawn. Everything is written under a temporary name beside
     ``folder`` and renamed at the end.
 
@@ -245,7 +245,7 @@ def write_phantom(
             for lesion in case.lesions
         ]
 
-    num_validation = num_training // 4
+    num_validation = num_training // 6 or 1
     training, validation = names[: num_training - num_validation], names[num_training - num_validation : num_training]
     _write_json(
         {

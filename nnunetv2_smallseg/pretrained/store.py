@@ -152,7 +152,8 @@ def fetch(name: str) -> Path:
                 os.replace(partial, existing)
                 return existing
             failures.append(f"  {url}\n    {problem}")
-            logger.warning("%s: %s", url, problem)
+            if len(failures) < len(weights.urls):
+                logger.warning("%s: %s; trying the next address", url, problem)
     except OSError as error:
         raise WeightsError(
             f"cannot write to the weights folder {target.parent}: {error}. Free space or permissions there, or set "

@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -235,7 +236,7 @@ class VMambaEncoder(nn.Module):
             raise ValueError(f"widths {tuple(widths)} and depths {tuple(depths)} must have one value for each stage")
         if any(deep != 2 * shallow for shallow, deep in itertools.pairwise(widths)):
             raise ValueError(f"widths are {tuple(widths)}, but patch merging doubles them from stage to stage")
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        rates = np.linspace(0, drop_path_rate, sum(depths)).tolist()
         firsts = [sum(depths[:stage]) for stage in range(len(depths))]
         self.patch_embed = PatchEmbedding(input_channels, widths[0], patch_size)
         self.stages = nn.ModuleList(
