@@ -156,9 +156,7 @@ def _read_splits(file: Path, training: dict[str, RawCase]) -> list[dict[str, lis
             f'{file} is no list of folds: expected [{{"train": [cases], "val": [cases]}}, ...]. Mend or remove it.'
         ) from None
     if unknown:
-        raise SmallSegError(
-            f"{file} names cases that {file.parent} has not: {', '.join(unknown[:5])}. Mend or remove it."
-        )
+        raise SmallSegError(f"{file} names cases that are not there: {', '.join(unknown[:5])}. Mend or remove it.")
     return splits
 
 

@@ -145,7 +145,8 @@ def _place_lesions(
         radius = diameter / 2
         # Half a voxel outside the first and last slice belongs to the volume too; a lesion must not leave it.
         lowest, highest = radius - voxel / 2, extent + voxel / 2 - radius
-        for _ in range(PLACING_ATTEMPTS):
+        fits = (lowest <= highest).all()
+        for _ in range(PLACING_ATTEMPTS if fits else 0):
             centre = generator.uniform(lowest, highest)
             # Near the middle of a slice: otherwise a lesion as thin as a slice fills no voxel by half and vanishes.
             centre[0] = (np.rint(centre[0] / voxel[0]) + generator.uniform(-0.2, 0.2)) * voxel[0]

@@ -322,7 +322,7 @@ def run_demo(
     workspace: str | Path = defaults.DEFAULT_WORKSPACE,
     device: str = "auto",
     clean: bool = False,
-    run_command: CommandRunner = run_logged,
+    run_command: CommandRunner | None = None,
 ) -> DemoResult:
     """Runs the demo, or what is left of it, and reads its result.
 
@@ -332,7 +332,7 @@ def run_demo(
         workspace: Folder to work in; created if needed.
         device: ``auto``, ``cpu`` or ``cuda``.
         clean: Start anew, removing what an earlier demo wrote into ``workspace``.
-        run_command: Runs a console command; see ``run_logged``.
+        run_command: Runs a console command (default: ``run_logged``).
     Raises:
         UsageError: If an argument is wrong; nothing has been written then.
         SmallSegError: If the data set is damaged, ``workspace`` holds a demo with other settings, or a step fails.
@@ -343,7 +343,7 @@ def run_demo(
     if dataset is None and settings.fold not in (0, "all"):
         raise UsageError(f"-f {settings.fold}: the phantom has one fold: use 0, or all")
     defaults.check_trainer(settings.trainer, os.environ.get(EXTENSION_VARIABLE))
-    demo = Demo(settings, place, dataset, defaults.resolve_device(device), run_command)
+    demo = Demo(settings, place, dataset, defaults.resolve_device(device), run_command or run_logged)
     state = _matching_state(demo, place, clean)
     try:
         place.folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -239,7 +238,9 @@ def self_check(name: str, device: torch.device | str = "cpu", dtype: torch.dtype
     inputs = _example_inputs(torch.device(device), dtype)
     backend = _checked(BACKENDS[name], inputs)
     out, states = run_forward(backend, inputs, keep_states=True)
-    out_gradient = torch.cos(torch.arange(out.numel(), device=out.device, dtype=torch.float64)).view(out.shape).to(dtype)
+    out_gradient = (
+        torch.cos(torch.arange(out.numel(), device=out.device, dtype=torch.float64)).view(out.shape).to(dtype)
+    )
     computed = (out, *run_backward(backend, inputs, states, out_gradient))
     with torch.enable_grad():
         leaves = [tensor.double().requires_grad_() for tensor in inputs[:-1]]
