@@ -14,6 +14,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Read by OpenMP when torch is imported. Threads that wait actively slow each other down by an order of magnitude as
+# soon as another process, such as nnU-Net's data loader, needs one of their cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 def shared_folder() -> Path | None:
     """The folder of references and data, beside the project or where SMALLSEG_SHARED points; None when absent."""

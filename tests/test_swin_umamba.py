@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.flops import count_multiply_adds
 from nnunetv2_smallseg.architectures import swin_umamba
 from nnunetv2_smallseg.architectures.blocks import vss
 from nnunetv2_smallseg.architectures.swin_umamba import SwinUMamba, SwinUMambaD, from_official, to_official
-from benchmarks.flops import count_multiply_adds
 
 NETWORKS = {"SwinUMamba": SwinUMamba, "SwinUMambaD": SwinUMambaD}
 

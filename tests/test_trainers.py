@@ -324,7 +324,6 @@ def test_all_slices_of_a_slab_are_transformed_alike(slices):
         if "GaussianNoise" not in type(getattr(transform, "transform", transform)).__name__
     ]
     torch.manual_seed(0)
-    np.random.seed(0)
     image = torch.randn(2, 1, 48, 48).expand(-1, slices, -1, -1)
     labels = torch.randint(0, 2, (1, 1, 48, 48), dtype=torch.int16).expand(-1, slices, -1, -1)
     changed = 0

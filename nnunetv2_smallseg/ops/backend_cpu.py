@@ -193,7 +193,7 @@ def _kernels(dtype: torch.dtype) -> _Kernels:
 
 
 def _compile(dtype: torch.dtype) -> _Kernels:
-    """Compiles the kernels, which takes some seconds, or loads them from ``cache_folder``, which takes a tenth of one."""
+    """Compiles the kernels, which takes some seconds, or loads them from ``cache_folder``, which takes far less."""
     folder = cache_folder(dtype)
     if folder is not None:
         try:
@@ -202,8 +202,8 @@ def _compile(dtype: torch.dtype) -> _Kernels:
             # A full disk, a damaged file: no fault of the cache may stop a scan, and any other fault shows up below.
             _logger.warning("Compiled scan kernels cannot be kept in %s (%s: %s).", folder, type(error).__name__, error)
     _logger.info(
-        "Compiling the scan kernels for %s; this process only, as no cache folder is writable. "
-        "Set NUMBA_CACHE_DIR to a writable folder to keep them.",
+        "The scan kernels for %s are compiled for this process only. To keep them, set NUMBA_CACHE_DIR to a folder "
+        "that can be written.",
         dtype,
     )
     return _warmed_up(_new_kernels(None), dtype)

@@ -72,7 +72,7 @@ def forward(inputs: ScanInputs, keep_states: bool) -> tuple[Tensor, Tensor]:
         return out, A.new_empty(batch, 0, num_states, dim)
     states = A.new_full((batch, chunks, num_states, dim), torch.nan)
     states[:, 0] = 0
-    # (batch, dim, kernel chunks, 2 * N) -> (batch, kernel chunks, N, dim); the state after the last chunk is not needed.
+    # (batch, dim, kernel chunks, 2 * N) -> (batch, kernel chunks, N, dim), without the state after the last chunk.
     states[:, _STRIDE::_STRIDE] = pairs[:, :, :-1, 1::2].permute(0, 2, 3, 1)
     return out, states
 

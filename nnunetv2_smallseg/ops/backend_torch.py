@@ -1,7 +1,7 @@
 """The selective scan in chunks of time, in plain PyTorch: the back end that is always there.
 
-Time is cut into chunks of ``CHUNK_STEPS`` steps. All chunks are stepped through together, so the Python loop has as many
-turns as a chunk has steps, and each operation works on thousands of state values. Three passes:
+Time is cut into chunks of ``CHUNK_STEPS`` steps. All chunks are stepped through together, so the Python loop has as
+many turns as a chunk has steps, and each operation works on thousands of state values. Three passes:
 
 1. every chunk from a zero state, which gives what the chunk adds to a state that passes through it;
 2. the carry from chunk to chunk; a chunk multiplies a state by exp(A * sum of its dt), one factor per chunk;
@@ -21,21 +21,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from nnunetv2_smallseg.ops.arguments import (
     CHUNK_STEPS,
+    SOFTPLUS_THRESHOLD,
     ScanGradients,
     ScanInputs,
     num_chunks,
     state_shape,
-    step_size_gradient,
-    step_sizes,
 )
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 _CPU_ELEMENTS = 200_000
-"""State values per operation on a CPU: few enough to stay in the cache, enough to hide the cost of a call (measured)."""
+"""State values per operation on a CPU: few enough for the cache, enough to hide the cost of a call (measured)."""
 
 _OTHER_ELEMENTS = 1 << 20
 """The same on other devices, where a launch costs more and caches matter less: an estimate, not measured."""
@@ -54,13 +54,13 @@ def unsupported(inputs: ScanInputs) -> str | None:
 def forward(inputs: ScanInputs, keep_states: bool) -> tuple[Tensor, Tensor]:
     """Output (batch, dim, L) and the states at the chunk boundaries, ``state_shape`` (no chunks unless kept)."""
     layout = _Layout.of(inputs)
-    u_rows, dt_rows = layout.rows_of(inputs.u), layout.rows_of(step_sizes(inputs))
+    u_rows = layout.rows_of(inputs.u)
     B_rows, C_rows = inputs.B.flatten(0, 1), inputs.C.flatten(0, 1)
     out = torch.empty_like(inputs.u)
     batch, chunks, num_states, dim = state_shape(inputs)
     states = out.new_empty(batch, chunks if keep_states else 0, num_states, dim)
     for block in layout.blocks():
-        dt = layout.to_steps(dt_rows, block)
+        dt = layout.step_sizes(layout.biased_delta(inputs, block), inputs.delta_softplus)
         drive = layout.to_steps(u_rows, block).mul_(dt)
         B, C = layout.to_steps(B_rows, block.all_states), layout.to_steps(C_rows, block.all_states)
         A = layout.rates(inputs.A, block)
@@ -82,31 +82,48 @@ def forward(inputs: ScanInputs, keep_states: bool) -> tuple[Tensor, Tensor]:
 def backward(inputs: ScanInputs, states: Tensor, gradient: Tensor) -> ScanGradients:
     """Gradients from the gradient (batch, dim, L) of the output and the states kept by ``forward``."""
     layout = _Layout.of(inputs)
-    gradient_rows, u_rows, dt_rows = (layout.rows_of(x) for x in (gradient, inputs.u, step_sizes(inputs)))
+    gradient_rows, u_rows = layout.rows_of(gradient), layout.rows_of(inputs.u)
     B_rows, C_rows = inputs.B.flatten(0, 1), inputs.C.flatten(0, 1)
-    u_gradient, dt_gradient = torch.empty_like(inputs.u), torch.empty_like(inputs.u)
+    u_gradient, delta_gradient = torch.empty_like(inputs.u), torch.empty_like(inputs.u)
     A_gradient, B_gradient, C_gradient = (torch.zeros_like(x) for x in (inputs.A, inputs.B, inputs.C))
+    memory = None
     for block in layout.blocks():
-        dt, u, out_gradient = (layout.to_steps(x, block) for x in (dt_rows, u_rows, gradient_rows))
+        biased_delta = layout.biased_delta(inputs, block)
+        dt = layout.step_sizes(biased_delta, inputs.delta_softplus)
+        u, out_gradient = layout.to_steps(u_rows, block), layout.to_steps(gradient_rows, block)
         B, C = layout.to_steps(B_rows, block.all_states), layout.to_steps(C_rows, block.all_states)
         A = layout.rates(inputs.A, block)
-        block_gradients = _backward_block(A, u, dt, B, C, out_gradient, layout.get_states(states, block))
-        u_block, dt_block, A_block, B_block, C_block = block_gradients
+        start = layout.get_states(states, block)
+        if memory is None:
+            # The first block is the largest. Memory given back between blocks would have to be mapped in again.
+            memory = start.new_empty(2 * layout.steps + 1, start.numel())
+        trajectory, decays = memory[:, : start.numel()].view(-1, *start.shape).split([layout.steps + 1, layout.steps])
+        trajectory[0] = start
+        u_block, dt_block, A_block, B_block, C_block = _backward_block(A, u, dt, B, C, out_gradient, trajectory, decays)
         layout.from_steps(u_block, layout.rows_of(u_gradient), block)
-        layout.from_steps(dt_block, layout.rows_of(dt_gradient), block)
+        if inputs.delta_softplus:
+            dt_block.mul_(torch.sigmoid(biased_delta).masked_fill_(biased_delta > SOFTPLUS_THRESHOLD, 1.0))
+        layout.from_steps(dt_block, layout.rows_of(delta_gradient), block)
         layout.add_rates(A_gradient, A_block, block)
         layout.add_from_steps(B_block, B_gradient.flatten(0, 1), block)
         layout.add_from_steps(C_block, C_gradient.flatten(0, 1), block)
-    delta_gradient, bias_gradient = step_size_gradient(inputs, dt_gradient)
+    bias_gradient = None if inputs.delta_bias is None else delta_gradient.sum((0, 2))
     D_gradient = None
     if inputs.D is not None:
         u_gradient.addcmul_(inputs.D[:, None], gradient)
-        D_gradient = torch.einsum("bdl,bdl->d", inputs.u, gradient)
+        D_gradient = sum(torch.linalg.vecdot(x, g) for x, g in zip(inputs.u, gradient, strict=True))
     return ScanGradients(u_gradient, delta_gradient, A_gradient, B_gradient, C_gradient, D_gradient, bias_gradient)
 
 
 def _backward_block(
-    A: Tensor, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, out_gradient: Tensor, state: Tensor
+    A: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    out_gradient: Tensor,
+    trajectory: Tensor,
+    decays: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, dt, A, B and C of one block.
 
@@ -117,16 +134,14 @@ def _backward_block(
         B: (R, J, T, N), as ``C``.
         C: Output weights.
         out_gradient: Gradient of the output.
-        state: State at the start of each chunk, (R, J, N, W).
+        trajectory: (T + 1, R, J, N, W), holds the state at the start of each chunk and takes those after each step.
+            Time comes first: each step writes and reads one contiguous piece.
+        decays: (T, R, J, N, W), takes the decays.
     Returns:
         Gradients shaped like the inputs; that of A has the chunks summed, (R, N, W).
     """
     steps = dt.shape[2]
     drive = dt * u
-    # Time first: each step writes and reads one contiguous piece.
-    decays = state.new_empty(steps, *state.shape)
-    trajectory = state.new_empty(steps + 1, *state.shape)
-    trajectory[0] = state
     for t in range(steps):
         _decay(A, dt[:, :, t], decays[t])
         torch.mul(trajectory[t], decays[t], out=trajectory[t + 1])
@@ -134,9 +149,9 @@ def _backward_block(
 
     state_gradient = _final_gradients(A, dt, C, out_gradient, decays)
     u_gradient, dt_gradient = torch.empty_like(u), torch.empty_like(u)
-    A_gradient = torch.zeros_like(state)
+    A_gradient = torch.zeros_like(state_gradient)
     B_gradient, C_gradient = torch.empty_like(B), torch.empty_like(C)
-    scratch = torch.empty_like(state)
+    scratch = torch.empty_like(state_gradient)
     for t in reversed(range(steps)):
         _add_outer(state_gradient, C[:, :, t], out_gradient[:, :, t])
         torch.mul(trajectory[t + 1], out_gradient[:, :, t, None], out=scratch)
@@ -263,8 +278,7 @@ class _Layout:
     def to_steps(self, rows: Tensor, block: _Block) -> Tensor:
         """Copies a block of (rows, channels, L) to (R, J, T, W); steps past the end are zero.
 
-        A zero dt keeps the state as it is. The copy goes row by row because torch transposes 2-D tensors six to eight
-        times faster than it permutes 3-D ones.
+        The copy goes row by row: torch transposes 2-D tensors six to eight times faster than it permutes 3-D ones.
         """
         part = rows[block.rows.start : block.rows.stop, block.channels]
         padded = self.chunks * self.steps
@@ -284,11 +298,25 @@ class _Layout:
         for source, target in zip(steps.flatten(1, 2), self._targets(rows, block.all_states), strict=True):
             target.add_(source[: self.length].t())
 
+    def biased_delta(self, inputs: ScanInputs, block: _Block) -> Tensor:
+        """``delta`` of a block with its bias, (R, J, T, W); a block at a time, while it is in the cache."""
+        delta = self.to_steps(self.rows_of(inputs.delta), block)
+        if inputs.delta_bias is not None:
+            bias = inputs.delta_bias.view(self.groups, self.width)[self._groups(block), block.channels]
+            delta += bias[:, None, None]
+        return delta
+
+    def step_sizes(self, biased_delta: Tensor, delta_softplus: bool) -> Tensor:
+        """Step sizes of a block from ``biased_delta``; zero past the end, where the state stays as it is."""
+        threshold = SOFTPLUS_THRESHOLD
+        dt = functional.softplus(biased_delta, threshold=threshold) if delta_softplus else biased_delta.clone()
+        dt.flatten(1, 2)[:, self.length :] = 0
+        return dt
+
     def rates(self, A: Tensor, block: _Block) -> Tensor:
         """A of the block as (R, 1, N, W)."""
         per_group = A.view(self.groups, self.width, self.num_states)
-        groups = [row % self.groups for row in block.rows]
-        return per_group[groups, block.channels].transpose(1, 2).contiguous()[:, None]
+        return per_group[self._groups(block), block.channels].transpose(1, 2).contiguous()[:, None]
 
     def add_rates(self, A_gradient: Tensor, gradient: Tensor, block: _Block) -> None:
         """Adds the gradient (R, N, W) of a block to that of A, (dim, N)."""
@@ -304,6 +332,9 @@ class _Layout:
     def get_states(self, states: Tensor, block: _Block) -> Tensor:
         """The kept states of a block, (R, J, N, W)."""
         return torch.stack(list(self._state_rows(states, block)))
+
+    def _groups(self, block: _Block) -> list[int]:
+        return [row % self.groups for row in block.rows]
 
     def _targets(self, rows: Tensor, block: _Block) -> Tensor:
         return rows[block.rows.start : block.rows.stop, block.channels]

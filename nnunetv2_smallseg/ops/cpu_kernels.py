@@ -1,7 +1,7 @@
 """Compiled kernels of the selective scan for the CPU; the only module that imports numba.
 
 One call works on one batch element and at most ``BLOCK`` channels of one group. The block is taken through time in
-chunks of ``CHUNK_STEPS`` steps, whose data is transposed into scratch rows of ``BLOCK`` channels that stay in the cache.
+chunks of ``CHUNK_STEPS`` steps, whose data is transposed into scratch rows of ``BLOCK`` channels that stay in cache.
 The innermost loops run over channels, which do not depend on each other, so the compiler turns them into vector
 instructions whatever the number of states is. Channels that a block does not have are computed on zeros.
 
@@ -52,7 +52,10 @@ _ROUNDER = np.float32(1.5 * 2**23)
 _EXPONENT_SHIFT = np.int32(127 - np.float32(1.5 * 2**23).view(np.int32))
 
 
-def power_of_two(x):
+# The implementations of the next three have no annotations: numba wants them equal to those of the lambdas they return.
+
+
+def power_of_two(x: float) -> float:
     """2 ** x for a float32 or float64.
 
     float32: relative error 2e-7; zero below 2 ** -126, so that no denormal numbers slow the scan; infinity above
@@ -61,12 +64,12 @@ def power_of_two(x):
     raise NotImplementedError("only for compiled code")
 
 
-def log1p_of_fraction(z):
+def log1p_of_fraction(z: float) -> float:
     """log(1 + z) for z in [0, 1], float32 (relative error 3e-7) or float64."""
     raise NotImplementedError("only for compiled code")
 
 
-def typed(value, x):
+def typed(value: float, x: float) -> float:
     """The constant ``value`` in the type of ``x``: a float64 constant would turn float32 loops into float64 ones."""
     raise NotImplementedError("only for compiled code")
 
@@ -110,7 +113,7 @@ def _log1p_of_fraction(z):
 
 
 @njit(**_HELPER)
-def step_size(x):
+def step_size(x: float) -> float:
     """softplus(x) = log(1 + exp(x)), and x itself above the threshold."""
     tail = log1p_of_fraction(power_of_two(-abs(x) * typed(_LOG2_E, x)))
     positive = x if x > typed(0.0, x) else typed(0.0, x)
@@ -118,7 +121,7 @@ def step_size(x):
 
 
 @njit(**_HELPER)
-def step_size_slope(x):
+def step_size_slope(x: float) -> float:
     """Derivative of ``step_size``: the sigmoid of x, and one above the threshold."""
     one = typed(1.0, x)
     z = power_of_two(-abs(x) * typed(_LOG2_E, x))
@@ -127,7 +130,7 @@ def step_size_slope(x):
 
 
 @njit(**_HELPER)
-def _load(target, source, batch, first, count, start, steps):
+def _load(target: np.ndarray, source: np.ndarray, batch: int, first: int, count: int, start: int, steps: int) -> None:
     """Transposes ``count`` channels and ``steps`` steps of source (batch, dim, L) into target (steps, channels)."""
     for c in range(count):
         for t in range(steps):
@@ -135,14 +138,28 @@ def _load(target, source, batch, first, count, start, steps):
 
 
 @njit(**_HELPER)
-def _store(target, source, batch, first, count, start, steps):
+def _store(target: np.ndarray, source: np.ndarray, batch: int, first: int, count: int, start: int, steps: int) -> None:
     """The way back of ``_load``."""
     for c in range(count):
         for t in range(steps):
             target[batch, first + c, start + t] = source[t, c]
 
 
-def forward(u, delta, A, B, C, D, delta_bias, delta_softplus, out, states, batch, first, count):
+def forward(
+    u: np.ndarray,
+    delta: np.ndarray,
+    A: np.ndarray,
+    B: np.ndarray,
+    C: np.ndarray,
+    D: np.ndarray,
+    delta_bias: np.ndarray,
+    delta_softplus: bool,
+    out: np.ndarray,
+    states: np.ndarray,
+    batch: int,
+    first: int,
+    count: int,
+) -> None:
     """Scans ``count`` channels from ``first`` on, all of one group.
 
     Args:
@@ -211,14 +228,14 @@ def backward(u, delta, A, B, C, D, delta_bias, delta_softplus, gradient, states,
     """Gradients for ``count`` channels from ``first`` on, all of one group.
 
     Args:
-        u: As in ``forward``, down to ``delta_softplus``.
-        delta: ..
-        A: ..
-        B: ..
-        C: ..
-        D: ..
-        delta_bias: ..
-        delta_softplus: ..
+        u: Input, as all arguments down to ``delta_softplus`` shaped as in ``forward``.
+        delta: Step sizes before bias and softplus.
+        A: Decay rates.
+        B: Input weights.
+        C: Output weights.
+        D: Skip weights.
+        delta_bias: Bias of the step sizes.
+        delta_softplus: Whether softplus is applied.
         gradient: Gradient of the output, (batch, dim, L).
         states: As kept by ``forward``.
         gradients: Takes the gradients: of u and delta (batch, dim, L), of A (batch, dim, N), of B and C (parts, batch,

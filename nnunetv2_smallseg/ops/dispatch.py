@@ -1,7 +1,7 @@
 """The one place that decides which back end runs a selective scan.
 
-``SMALLSEG_SCAN_BACKEND`` names a back end or ``auto`` (the default). A named back end that is missing or cannot serve the
-tensors is an error; an automatic choice of a slow one is logged once.
+``SMALLSEG_SCAN_BACKEND`` names a back end or ``auto`` (the default). A named back end that is missing or cannot serve
+the tensors is an error; an automatic choice of a slow one is logged once.
 """
 
 from __future__ import annotations

@@ -64,6 +64,15 @@ def build_planar_network(
     return SlabNetwork(network, slices)
 
 
+def tolerate_unused_parameters(wrapped: DistributedDataParallel) -> DistributedDataParallel:
+    """The same network wrapped so that parameters without gradient are no error.
+
+    Frozen parameters, and heads whose output the loss does not see, get none; nnU-Net's own wrapper fails on them in
+    the second iteration.
+    """
+    return DistributedDataParallel(wrapped.module, device_ids=wrapped.device_ids, find_unused_parameters=True)
+
+
 class SmallSegTrainer(nnUNetTrainer):
     """nnU-Net's trainer for the 2D networks of this package, on slices and on 2.5D slabs.
 
@@ -128,10 +137,7 @@ class SmallSegTrainer(nnUNetTrainer):
         """Builds network, optimizer and loss; no weight file is read here."""
         super().initialize()
         if self.is_ddp:
-            # Frozen parameters and heads that are switched off get no gradient, which nnU-Net's own wrapper refuses.
-            self.network = DistributedDataParallel(
-                self.network.module, device_ids=[self.local_rank], find_unused_parameters=True
-            )
+            self.network = tolerate_unused_parameters(self.network)
         self.unwrapped_network.register_load_state_dict_post_hook(self._note_loaded_checkpoint)
 
     def _note_loaded_checkpoint(self, module: nn.Module, incompatible_keys: object) -> None:

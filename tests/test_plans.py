@@ -1,0 +1,138 @@
+"""Planning: what the plans file holds, that stock nnU-Net reads it, and what wrong calls answer."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from skimage.io import imsave
+
+from nnunetv2_smallseg.errors import SmallSegError, UsageError
+from nnunetv2_smallseg.plans.configurations import num_slices, resolve, slab_configuration
+
+PLANAR = {"patch_size": [64, 96], "spacing": [1.0, 1.0], "batch_size": 4}
+
+
+def test_slab_configuration_changes_the_patch_only():
+    assert slab_configuration(PLANAR, 5) == {"inherits_from": "2d", "patch_size": [5, 64, 96]}
+
+
+@pytest.mark.parametrize("slices", [-3, 0, 1, 2, 4])
+def test_slabs_have_a_centre_slice(slices):
+    with pytest.raises(UsageError, match=f"{slices}, but must be odd"):
+        slab_configuration(PLANAR, slices)
+
+
+def test_spacing_tells_slabs_from_3d():
+    assert num_slices(PLANAR, "2d") == 1
+    assert num_slices({**PLANAR, "patch_size": [3, 64, 96]}, "2.5d") == 3
+    with pytest.raises(SmallSegError, match="'3d_fullres' is three-dimensional"):
+        num_slices({"patch_size": [32, 64, 96], "spacing": [2.0, 1.0, 1.0]}, "3d_fullres")
+    with pytest.raises(SmallSegError, match="odd"):
+        num_slices({**PLANAR, "patch_size": [4, 64, 96]}, "2.5d")
+
+
+def test_inheritance_is_resolved_as_nnunet_does():
+    plans = {"plans_name": "p", "configurations": {"2d": PLANAR, "2.5d": slab_configuration(PLANAR, 3)}}
+    expected = PlansManager(plans).get_configuration("2.5d").configuration
+    expected.pop("inherits_from")
+    assert resolve(plans, "2.5d") == expected
+
+
+def test_plans_of_a_volume(nnunet_workspace):
+    plans = nnunet_workspace.plans()
+    assert list(plans["configurations"]) == ["2d", "2.5d"]
+    planar = plans["configurations"]["2d"]
+    assert planar["patch_size"] == [64, 64]
+    assert planar["batch_size"] == 2
+    assert planar["training"] == {
+        "num_epochs": 2,
+        "num_iterations_per_epoch": 2,
+        "num_val_iterations_per_epoch": 1,
+    }
+    slab = PlansManager(plans).get_configuration("2.5d")
+    assert slab.patch_size == [3, 64, 64]
+    assert slab.data_identifier == "nnUNetSmallSegPlans_2d"
+
+
+def test_planning_again_keeps_foreign_configurations(nnunet_workspace):
+    name = "PlansWithExtra"
+    nnunet_workspace.run("smallseg", "plan", "-d", nnunet_workspace.number, "-plans_name", name)
+    path = nnunet_workspace.preprocessed / f"{name}.json"
+    plans = json.loads(path.read_text())
+    plans["configurations"]["2d_big"] = {"inherits_from": "2d", "batch_size": 64}
+    path.write_text(json.dumps(plans))
+    finished = nnunet_workspace.run(
+        "smallseg", "plan", "-d", nnunet_workspace.dataset, "-plans_name", name, "-num_slices", 5, "-patch_size", 40, 70
+    )
+    assert str(path) in finished.stdout
+    assert "5 x 64 x 96" in finished.stdout
+    configurations = nnunet_workspace.plans(name)["configurations"]
+    assert configurations["2d"]["patch_size"] == [64, 96]
+    assert configurations["2.5d"]["patch_size"] == [5, 64, 96]
+    assert configurations["2d_big"] == {"inherits_from": "2d", "batch_size": 64}
+    # The network of the plans, which nnU-Net's own trainer builds, fits the patch that was asked for.
+    strides = np.prod(configurations["2d"]["architecture"]["arch_kwargs"]["strides"], axis=0)
+    assert [size % stride for size, stride in zip([64, 96], strides, strict=True)] == [0, 0]
+
+
+def test_single_images_get_2d_only(tmp_path, nnunet_workspace):
+    dataset = tmp_path / "raw" / "Dataset992_Pictures"
+    generator = np.random.default_rng(0)
+    for folder, high in (("imagesTr", 255), ("labelsTr", 2)):
+        (dataset / folder).mkdir(parents=True)
+        for case in range(3):
+            suffix = "_0000" if folder == "imagesTr" else ""
+            values = generator.integers(0, high, (70, 90), dtype=np.uint8)
+            imsave(dataset / folder / f"case{case}{suffix}.png", values, check_contrast=False)
+    description = {"channel_names": {"0": "grey"}, "labels": {"background": 0, "cell": 1}, "numTraining": 3,
+                   "file_ending": ".png"}  # fmt: skip
+    (dataset / "dataset.json").write_text(json.dumps(description))
+    environment = {**nnunet_workspace.environment, "nnUNet_raw": str(tmp_path / "raw"),
+                   "nnUNet_preprocessed": str(tmp_path / "preprocessed")}  # fmt: skip
+    workspace = type(nnunet_workspace)(tmp_path, environment, 992, "Dataset992_Pictures")
+    refused = workspace.run("smallseg", "plan", "-d", 992, status=1)
+    assert "nnUNetv2_extract_fingerprint -d 992" in refused.stderr
+    workspace.run("nnUNetv2_extract_fingerprint", "-d", 992, "-np", 1)
+    refused = workspace.run("smallseg", "plan", "-d", 992, "-num_slices", 3, status=2)
+    assert "single images" in refused.stderr
+    assert not (workspace.preprocessed / "nnUNetSmallSegPlans.json").exists()
+    workspace.run("smallseg", "plan", "-d", 992)
+    assert list(workspace.plans()["configurations"]) == ["2d"]
+    assert workspace.plans()["configurations"]["2d"]["patch_size"] == [96, 96]
+    refused = workspace.run("nnUNetv2_train", 992, "2.5d", 0, "-tr", "nnUNetTrainerSwinUMambaDScratch", "-p",
+                            "nnUNetSmallSegPlans", "-device", "cpu", status=1)  # fmt: skip
+    assert "no slices to stack: use 2d" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("-d", 345), 2, "there is no data set '345'"),
+        (("-d", "Dataset345_No"), 2, "there is no data set 'Dataset345_No'"),
+        (("-d", "colon"), 2, "there is no data set 'colon'"),
+        (("-d", 991, "-num_slices", 4), 2, "4, but must be odd"),
+        (("-d", 991, "-plans_name", "nnUNetPlans"), 2, "choose another -plans_name"),
+        (("-d", 991, "-patch_size", 0, 64), 2, "not a positive number"),
+        (("-d", 991, "-patchsize", 64, 64), 2, "unrecognized arguments"),
+        ((), 2, "required: -d"),
+    ],
+)
+def test_wrong_calls(nnunet_workspace, arguments, status, message):
+    before = sorted(nnunet_workspace.preprocessed.iterdir())
+    finished = nnunet_workspace.run("smallseg", "plan", *arguments, status=status)
+    assert message in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert sorted(nnunet_workspace.preprocessed.iterdir()) == before
+
+
+@pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed"])
+def test_unset_variables(nnunet_workspace, variable):
+    environment = {name: value for name, value in nnunet_workspace.environment.items() if name != variable}
+    workspace = type(nnunet_workspace)(nnunet_workspace.folder, environment)
+    finished = workspace.run("smallseg", "plan", "-d", 991, status=1)
+    assert f"export {variable}=" in finished.stderr
+    assert "Traceback" not in finished.stderr
