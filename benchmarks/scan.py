@@ -3,9 +3,9 @@
     python -m benchmarks.scan -o benchmarks/results/scan_cpu.json --docs docs/scans.md
 
 Two baselines. Forward: ``step loop``, the algorithm of mamba-ssm's ``selective_scan_ref`` (decays and inputs of all
-steps first, then one indexed step after the other). Its backward pass is quadratic in L, since autograd fills a full-size
-gradient for every indexed step, so forward and backward together are compared with ``unbind loop``, the package's own
-differentiated reference, which splits the steps once.
+steps first, then one indexed step after the other). Its backward pass is quadratic in L, since autograd fills a
+full-size gradient for every indexed step, so forward and backward together are compared with ``unbind loop``, the
+package's own differentiated reference, which splits the steps once.
 
 Peak memory is that of one call in a process of its own, beyond what the inputs take.
 """
@@ -18,6 +18,7 @@ import os
 import resource
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,10 +160,13 @@ def table(measured: dict) -> str:
     """The results as Markdown."""
     facts = measured["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
-    lines = [
+    introduction = (
         f"Measured on {facts['processor']} ({facts['cores']} cores, load {facts['load_average_at_start'][0]} at the "
         f"start), device {facts['device']}, float32, Python {facts['python']}, {versions}. Medians of "
-        f"{measured['rounds']} interleaved rounds; memory beyond the inputs.",
+        f"{measured['rounds']} interleaved rounds; memory beyond the inputs."
+    )
+    lines = [
+        *textwrap.wrap(introduction, 118),
         "",
         "| batch x channels, groups | L | N | threads | what | scan | ms | times faster | peak MiB |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -9,6 +9,7 @@ import pytest
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from skimage.io import imsave
 
+from nnunetv2_smallseg.cli.main import main
 from nnunetv2_smallseg.errors import SmallSegError, UsageError
 from nnunetv2_smallseg.plans.configurations import num_slices, resolve, slab_configuration
 
@@ -35,7 +36,8 @@ def test_spacing_tells_slabs_from_3d():
 
 
 def test_inheritance_is_resolved_as_nnunet_does():
-    plans = {"plans_name": "p", "configurations": {"2d": PLANAR, "2.5d": slab_configuration(PLANAR, 3)}}
+    planar = {**PLANAR, "architecture": {}}
+    plans = {"plans_name": "p", "configurations": {"2d": planar, "2.5d": slab_configuration(planar, 3)}}
     expected = PlansManager(plans).get_configuration("2.5d").configuration
     expected.pop("inherits_from")
     assert resolve(plans, "2.5d") == expected
@@ -108,6 +110,14 @@ def test_single_images_get_2d_only(tmp_path, nnunet_workspace):
     assert "Traceback" not in refused.stderr
 
 
+def smallseg(*arguments: object) -> int:
+    """Runs ``smallseg`` in this process; returns its exit status."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # argparse
+        return stop.code
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -121,18 +131,21 @@ def test_single_images_get_2d_only(tmp_path, nnunet_workspace):
         ((), 2, "required: -d"),
     ],
 )
-def test_wrong_calls(nnunet_workspace, arguments, status, message):
-    before = sorted(nnunet_workspace.preprocessed.iterdir())
-    finished = nnunet_workspace.run("smallseg", "plan", *arguments, status=status)
-    assert message in finished.stderr
-    assert "Traceback" not in finished.stderr
-    assert sorted(nnunet_workspace.preprocessed.iterdir()) == before
+def test_wrong_calls(nnunet_folders, arguments, status, message, capsys):
+    before = sorted(nnunet_folders.preprocessed.iterdir())
+    assert smallseg("plan", *arguments) == status
+    assert message in capsys.readouterr().err
+    assert sorted(nnunet_folders.preprocessed.iterdir()) == before
+
+
+def test_no_augmentation_processes(nnunet_folders, monkeypatch, capsys):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    assert smallseg("plan", "-d", 991) == 1
+    assert "nnUNet_n_proc_DA is 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed"])
-def test_unset_variables(nnunet_workspace, variable):
-    environment = {name: value for name, value in nnunet_workspace.environment.items() if name != variable}
-    workspace = type(nnunet_workspace)(nnunet_workspace.folder, environment)
-    finished = workspace.run("smallseg", "plan", "-d", 991, status=1)
-    assert f"export {variable}=" in finished.stderr
-    assert "Traceback" not in finished.stderr
+def test_unset_variables(nnunet_folders, variable, monkeypatch, capsys):
+    monkeypatch.delenv(variable)
+    assert smallseg("plan", "-d", 991) == 1
+    assert f"export {variable}=" in capsys.readouterr().err

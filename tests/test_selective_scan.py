@@ -709,7 +709,7 @@ def fake_mamba(monkeypatch, use_backend):
     return calls
 
 
-@pytest.mark.parametrize("length", [1, 70, 2048, 2100, 4200])
+@pytest.mark.parametrize("length", [1, 70, 2048, 4200])
 def test_mamba_ssm_gets_and_gives_the_right_tensors(fake_mamba, length):
     tensors = make_inputs(batch=1, dim=4, groups=2, states=2, length=length, dtype=torch.float32)
     tensors["u"] = tensors["u"].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -90,11 +91,6 @@ class SmallSegPlanner(ExperimentPlanner):
         target = Path(paths.nnUNet_preprocessed) / self.dataset_name / f"{self.plans_identifier}.json"
         if target.is_file():
             old = load_json(str(target))
-            if old.get("experiment_planner_used") != type(self).__name__:
-                raise UsageError(
-                    f"{target} was written by {old.get('experiment_planner_used')}, not by smallseg plan, and is left "
-                    "as it is: choose another -plans_name"
-                )
             configurations = {
                 **configurations,
                 **{name: entry for name, entry in old["configurations"].items() if name not in ("2d", "2.5d")},
@@ -142,6 +138,18 @@ def plan_dataset(
             f"{name} has no fingerprint yet ({preprocessed / 'dataset_fingerprint.json'} is missing): first run "
             f"nnUNetv2_extract_fingerprint -d {int(name[7:10])} --verify_dataset_integrity"
         )
+    target = preprocessed / f"{plans_name}.json"
+    if target.is_file():
+        planner_used = load_json(str(target)).get("experiment_planner_used")
+        if planner_used != SmallSegPlanner.__name__:
+            raise UsageError(
+                f"{target} was written by {planner_used}, not by smallseg plan, and is left as it is: choose another "
+                "-plans_name"
+            )
+    if os.environ.get("nnUNet_n_proc_DA") == "0":
+        raise SmallSegError(
+            "nnUNet_n_proc_DA is 0, with which nnU-Net's planner fails: unset it for planning, or set it to 1 or more"
+        )
     chatter = io.StringIO()  # nnU-Net prints its plans, 3D ones included, on stdout
     try:
         with redirect_stdout(chatter):
@@ -160,7 +168,7 @@ def plan_dataset(
         ) from error
     finally:
         logger.debug(chatter.getvalue())
-    return preprocessed / f"{plans_name}.json", plans
+    return target, plans
 
 
 def _dataset_name(dataset: str | int) -> str:
