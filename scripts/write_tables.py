@@ -1,0 +1,74 @@
+"""Writes the generated tables of README and docs from the registry and the results files.
+
+Run: python scripts/write_tables.py [--check]. With --check nothing is written; exit status 1 if a table is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from nnunetv2_smallseg import registry
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def trainers_table() -> str:
+    """All trainers with network, parameters, weights and paper."""
+    lines = ["| trainer | network | parameters | weights | start | paper |", "|---|---|---|---|---|---|"]
+    for system in registry.SYSTEMS:
+        counts = {network.name: next(iter(network.parameters.values())) for network in system.networks}
+        paper = f"[{system.name}, {system.paper.venue}]({system.paper.url})"
+        for trainer in system.trainers:
+            weights = f"`{trainer.weights}`" if trainer.weights else "none"
+            lines.append(
+                f"| `{trainer.name}` | {trainer.network} | {counts[trainer.network] / 1e6:.1f} M | {weights} | "
+                f"{trainer.description} | {paper} |"
+            )
+    return "\n".join(lines)
+
+
+def networks_table() -> str:
+    """All networks with measured size."""
+    measured = json.loads((ROOT / "benchmarks" / "results" / "network_size.json").read_text())["networks"]
+    lines = [
+        "| network | what | parameters | multiply-adds | stride | outputs at strides |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, network in registry.networks().items():
+        strides = ", ".join(str(stride) for stride in network.deep_supervision_strides)
+        lines.append(
+            f"| `{name}` | {network.description} | {measured[name]['parameters']:,} | "
+            f"{measured[name]['multiply_adds'] / 1e9:.1f} G | {network.stride} | {strides} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {"README.md": ("trainers", trainers_table), "docs/networks.md": ("networks", networks_table)}
+
+
+def main() -> int:
+    """Writes or checks all tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is out of date")
+    check = parser.parse_args().check
+    outdated = []
+    for file, (name, table) in TABLES.items():
+        path = ROOT / file
+        text = path.read_text()
+        pattern = re.compile(rf"(<!-- table: {name} [^\n]*-->\n).*?(<!-- end of table -->)", re.DOTALL)
+        updated = pattern.sub(lambda match, table=table: match[1] + table() + "\n" + match[2], text)
+        if updated != text:
+            outdated.append(file)
+            if not check:
+                path.write_text(updated)
+    for file in outdated:
+        print(f"{file}: {'out of date; run python scripts/write_tables.py' if check else 'written'}")
+    return 1 if check and outdated else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
