@@ -178,6 +178,8 @@ class Demo:
         }
         # Compiling takes longer than so short a training gains by it.
         environment.setdefault("nnUNet_compile", "false")
+        # Threads that spin while they wait starve the workers beside them: several times slower on two busy cores.
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         return environment
 
     def write_phantom(self) -> None:

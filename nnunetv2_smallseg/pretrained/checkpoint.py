@@ -130,8 +130,8 @@ def _unreadable_message(path: Path, start: bytes, error: Exception) -> str:
     if refused:
         return (
             f"{path} was not loaded: besides weights it holds '{refused[1]}', and unpickling that could run code of "
-            f"the file's author. If you trust the file, save its weights alone once, in a Python of your choice: "
-            f"torch.save(torch.load(FILE, weights_only=False)[KEY], NEW_FILE)."
+            f"the file's author. If you trust the file, load it once with full unpickling in a Python of your own, "
+            f"save the state dict alone with torch.save, and give that file instead."
         )
     size = path.stat().st_size
     if start.startswith((b"PK\x03\x04", b"\x80")):

@@ -1,0 +1,89 @@
+"""How the package hangs together: light imports, one direction of dependencies, one place for every name."""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from nnunetv2_smallseg import registry, trainers
+from nnunetv2_smallseg.cli.main import main
+
+PACKAGE = ROOT / "nnunetv2_smallseg"
+
+
+def modules_below(*packages: str) -> list[str]:
+    """Dotted names of all modules of the given sub-packages."""
+    return [
+        module.name
+        for package in packages
+        for module in pkgutil.walk_packages([str(PACKAGE / package)], f"nnunetv2_smallseg.{package}.")
+    ]
+
+
+def imports_without(missing: str, modules: list[str]) -> None:
+    """Imports modules in a fresh interpreter in which one package cannot be imported."""
+    code = f"import sys, importlib; sys.modules[{missing!r}] = None; [importlib.import_module(m) for m in {modules!r}]"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_networks_and_operators_do_not_need_nnunet():
+    modules = modules_below("architectures", "ops")
+    assert "nnunetv2_smallseg.architectures.swin_umamba" in modules
+    imports_without("nnunetv2", modules)
+
+
+def test_registry_and_command_line_start_without_torch():
+    imports_without("torch", ["nnunetv2_smallseg.registry", "nnunetv2_smallseg.cli.main"])
+
+
+def test_scans_do_not_need_numba():
+    imports_without("numba", ["nnunetv2_smallseg.architectures.swin_umamba"])
+
+
+def test_extension_and_package_offer_exactly_the_registered_trainers():
+    names = set(registry.trainers())
+    assert set(trainers.__all__) == names
+    source = (PACKAGE / "extension" / "smallseg_trainers.py").read_text()
+    assert set(re.findall(r"nnUNetTrainer\w+", source)) == names
+    assert [path.name for path in (PACKAGE / "extension").glob("*.py")] == ["smallseg_trainers.py"]
+
+
+def test_registry_refers_to_registered_things_only():
+    from nnunetv2_smallseg.pretrained.entries import names as weight_names
+
+    for trainer in registry.trainers().values():
+        assert trainer.network in registry.networks()
+        assert trainer.weights is None or trainer.weights in weight_names()
+
+
+def test_no_pickles_from_outside():
+    for path in PACKAGE.rglob("*.py"):
+        for call in re.findall(r"torch\.load\([^\n]*", path.read_text()):
+            assert "weights_only=True" in call, f"{path}: {call}"
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["trainers", "--nonsense"], []])
+def test_command_line_exit_status(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    expected = 0 if arguments in (["--version"], ["--help"]) else 2
+    assert stop.value.code == expected
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_trainers_lists_every_trainer(capsys):
+    import json
+
+    assert main(["trainers", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["name"] for row in rows} == set(registry.trainers())
+    assert all(row["parameters"] > 0 and row["paper"] for row in rows)
+    assert main(["trainers"]) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in registry.trainers())
