@@ -11,7 +11,7 @@ from skimage.io import imsave
 
 from nnunetv2_smallseg.cli.main import main
 from nnunetv2_smallseg.errors import SmallSegError, UsageError
-from nnunetv2_smallseg.plans.configurations import num_slices, resolve, slab_configuration
+from nnunetv2_smallseg.plans.configurations import num_slices, resolve, slab_configuration, training_schedule
 
 PLANAR = {"patch_size": [64, 96], "spacing": [1.0, 1.0], "batch_size": 4}
 
@@ -33,6 +33,14 @@ def test_spacing_tells_slabs_from_3d():
         num_slices({"patch_size": [32, 64, 96], "spacing": [2.0, 1.0, 1.0]}, "3d_fullres")
     with pytest.raises(SmallSegError, match="odd"):
         num_slices({**PLANAR, "patch_size": [4, 64, 96]}, "2.5d")
+
+
+@pytest.mark.parametrize("training", [{"num_epoch": 5}, {"num_epochs": 0}, {"num_epochs": "5"}])
+def test_impossible_schedules_are_refused(training):
+    assert training_schedule(PLANAR, "2d") == {}
+    assert training_schedule({"training": {"num_epochs": 5}}, "2d") == {"num_epochs": 5}
+    with pytest.raises(SmallSegError, match=f"{next(iter(training))}.*num_epochs, num_iterations_per_epoch"):
+        training_schedule({**PLANAR, "training": training}, "2d")
 
 
 def test_inheritance_is_resolved_as_nnunet_does():

@@ -10,11 +10,19 @@ from collections.abc import Mapping
 
 from nnunetv2_smallseg.errors import SmallSegError, UsageError
 
-__all__ = ["TRAINING_KEY", "check_num_slices", "num_slices", "resolve", "slab_configuration"]
+__all__ = [
+    "SCHEDULE",
+    "TRAINING_KEY",
+    "check_num_slices",
+    "num_slices",
+    "resolve",
+    "slab_configuration",
+    "training_schedule",
+]
 
-# Optional part of a configuration with the schedule our trainers follow: num_epochs, num_iterations_per_epoch,
-# num_val_iterations_per_epoch. nnU-Net's own trainers ignore it.
+# Optional part of a configuration with the schedule our trainers follow; nnU-Net's own trainers ignore it.
 TRAINING_KEY = "training"
+SCHEDULE = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
 
 
 def check_num_slices(value: int) -> None:
@@ -82,3 +90,22 @@ def num_slices(configuration: Mapping, name: str) -> int:
         return 1
     check_num_slices(patch_size[0])
     return patch_size[0]
+
+
+def training_schedule(configuration: Mapping, name: str) -> dict[str, int]:
+    """The schedule a configuration asks for: some of num_epochs and the two numbers of iterations of an epoch.
+
+    Args:
+        configuration: A configuration with inheritance resolved.
+        name: Its name, for messages.
+    Raises:
+        SmallSegError: If it names something else or a value is no positive integer.
+    """
+    schedule = configuration.get(TRAINING_KEY, {})
+    for key, value in schedule.items():
+        if key not in SCHEDULE or not isinstance(value, int) or value < 1:
+            raise SmallSegError(
+                f"the configuration {name!r} has {key}: {value!r} under {TRAINING_KEY!r}, but only positive integers "
+                f"for {', '.join(SCHEDULE)} may stand there: write it with smallseg plan -num_epochs N"
+            )
+    return dict(schedule)

@@ -20,7 +20,7 @@ from nnunetv2_smallseg.architectures.segmentation_network import SegmentationNet
 from nnunetv2_smallseg.architectures.slab import SlabNetwork
 from nnunetv2_smallseg.augmentation.in_plane import blur_in_plane
 from nnunetv2_smallseg.errors import CommandStopped, SmallSegError
-from nnunetv2_smallseg.plans.configurations import TRAINING_KEY, num_slices, resolve
+from nnunetv2_smallseg.plans.configurations import num_slices, resolve, training_schedule
 from nnunetv2_smallseg.pretrained.load import load_pretrained
 from nnunetv2_smallseg.trainers.schedules import CosineSchedule
 
@@ -109,12 +109,14 @@ class SmallSegTrainer(nnUNetTrainer):
     ) -> None:
         # Before nnU-Net creates the output folder: a wrong configuration must leave nothing behind.
         with stop_on_user_error():
-            self.num_slices = num_slices(resolve(plans, configuration), configuration)
+            resolved = resolve(plans, configuration)
+            self.num_slices = num_slices(resolved, configuration)
+            schedule = training_schedule(resolved, configuration)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.enable_deep_supervision = self.supervise_deeply
         self.initial_lr = self.learning_rate
         self.weight_decay = self.decay
-        for name, value in self.configuration_manager.configuration.get(TRAINING_KEY, {}).items():
+        for name, value in schedule.items():
             setattr(self, name, value)
         self._weights_from_checkpoint = False
         self._encoder_is_frozen = False
