@@ -47,7 +47,42 @@ def networks_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"README.md": ("trainers", trainers_table), "docs/networks.md": ("networks", networks_table)}
+def first_runs_tables() -> str:
+    """Command, result and epochs of each short training."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "first_runs.json").read_text())
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [
+        f"Run on {machine['processor']}, {machine['cores']} cores, no GPU; Python {machine['python']}, {versions}.",
+        "",
+        "| data set | configuration | trainer | iterations | validation Dice | prediction Dice | all steps, minutes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in results["runs"]:
+        options = run["options"]
+        iterations = int(options["-num_epochs"]) * int(options["-num_iterations"])
+        minutes = sum(run["step_seconds"].values()) / 60
+        lines.append(
+            f"| {run['dataset']} | {options['-c']} | `{options['-tr']}` | {iterations} | "
+            f"{run['validation']['foreground_dice']:.3f} ({run['validation']['cases']} cases) | "
+            f"{run['prediction']['foreground_dice']:.3f} ({run['prediction']['cases']} cases) | {minutes:.1f} |"
+        )
+    for run in results["runs"]:
+        lines += ["", f"## {run['dataset']}, {run['options']['-c']}", "", "```text", run["command"], "```", ""]
+        lines += ["| epoch | train loss | validation loss | pseudo Dice | seconds |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {epoch['epoch']} | {epoch['train_loss']:.4f} | {epoch['val_loss']:.4f} | "
+            f"{', '.join(f'{dice:.4f}' for dice in epoch['pseudo_dice'])} | {epoch['seconds']:.1f} |"
+            for epoch in run["epochs"]
+        ]
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {
+    "README.md": ("trainers", trainers_table),
+    "docs/networks.md": ("networks", networks_table),
+    "docs/first_runs.md": ("first runs", first_runs_tables),
+}
 
 
 def main() -> int:
