@@ -1,26 +1,22 @@
-"""The phantom is what its sidecar says; the demo refuses what it cannot do, remembers, goes on and cleans up."""
+"""The demo refuses what it cannot do, remembers what is done, goes on from there, and cleans up."""
 
 import json
 import math
 import os
 import re
 import shutil
-import signal
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from scipy.ndimage import label
 
 from nnunetv2_smallseg.cli.main import main
-from nnunetv2_smallseg.demo import commands, pipeline, settings
 from nnunetv2_smallseg.demo import phantom as phantom_module
+from nnunetv2_smallseg.demo import pipeline, settings
 from nnunetv2_smallseg.demo.console import Console, TrainingProgress, format_seconds
 from nnunetv2_smallseg.demo.dataset import read_dataset
-from nnunetv2_smallseg.demo.phantom import LESION_DIAMETERS_MM, draw_case, write_phantom
+from nnunetv2_smallseg.demo.phantom import write_phantom
 from nnunetv2_smallseg.demo.settings import DemoSettings
 from nnunetv2_smallseg.errors import SmallSegError, UsageError
 
@@ -48,117 +44,6 @@ def small_template(tmp_path_factory) -> Path:
 @pytest.fixture
 def small_phantom(tmp_path, small_template) -> Path:
     return Path(shutil.copytree(small_template, tmp_path / "raw" / "Dataset007_Mine"))
-
-
-def read_array(file: Path) -> np.ndarray:
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
-
-
-# --- the phantom -----------------------------------------------------------------------------------------------------
-
-
-def test_phantom_has_the_layout_of_a_raw_data_set(phantom):
-    description = json.loads((phantom / "dataset.json").read_text())
-    assert set(description) >= {"channel_names", "labels", "numTraining", "file_ending"}
-    assert description["numTraining"] == 12 == len(list(phantom.glob("imagesTr/*_0000.nii.gz")))
-    assert len(list(phantom.glob("imagesTs/*_0000.nii.gz"))) == len(list(phantom.glob("labelsTs/*.nii.gz"))) == 4
-    (fold,) = json.loads((phantom / "splits_final.json").read_text())
-    assert len(fold["train"]) + len(fold["val"]) == 12 and not set(fold["train"]) & set(fold["val"])
-    image = sitk.ReadImage(str(phantom / "imagesTr" / "phantom_000_0000.nii.gz"))
-    assert image.GetSpacing() == (1.0, 1.0, 2.5) and image.GetSize() == (96, 96, 22)
-    assert [path.name for path in phantom.parent.iterdir()] == [NAME]
-
-
-def test_phantom_passes_the_integrity_check_of_nnunet(phantom, monkeypatch, capsys):
-    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
-
-    verify_dataset_integrity(str(phantom), num_processes=1)
-    output = capsys.readouterr().out
-    assert "verify_dataset_integrity Done" in output and "Error" not in output and "Warning" not in output
-
-
-def test_phantom_is_the_same_for_the_same_seed_only(phantom, tmp_path):
-    again = write_phantom(tmp_path / "again", seed=settings.PHANTOM_SEED)
-    files = sorted(path.relative_to(phantom) for path in phantom.rglob("*") if path.is_file())
-    assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
-    for file in files:
-        assert (phantom / file).read_bytes() == (again / file).read_bytes(), file
-    other = write_phantom(tmp_path / "other", seed=1, num_training=4, num_held_back=2)
-    image = "imagesTr/phantom_000_0000.nii.gz"
-    assert not np.array_equal(read_array(phantom / image), read_array(other / image))
-
-
-def test_lesions_are_where_and_as_large_as_listed(phantom):
-    sidecar = json.loads((phantom / "lesions.json").read_text())
-    spacing = np.array(sidecar["spacing_mm"])
-    for file in sorted(phantom.glob("labelsT*/*.nii.gz")):
-        labels = read_array(file)
-        components, count = label(labels, np.ones((3, 3, 3)))
-        listed = [lesion for lesion in sidecar["lesions"] if lesion["case"] == file.name.removesuffix(".nii.gz")]
-        assert count == len(listed)
-        for lesion in listed:
-            centre = np.array(lesion["centre_mm"])
-            component = components[tuple(np.rint(centre / spacing).astype(int))]
-            assert component > 0
-            inside = np.argwhere(components == component)
-            assert np.abs(inside.mean(0) * spacing - centre).max() < 0.7
-            diameter = (6 * len(inside) * spacing.prod() / math.pi) ** (1 / 3)
-            # A tenth, or the 0.9 mm that the edge of a sphere as thin as a slice may lose.
-            assert abs(diameter - lesion["diameter_mm"]) < max(0.1 * lesion["diameter_mm"], 0.9)
-
-
-def test_every_size_occurs_in_training_and_held_back(phantom):
-    lesions = json.loads((phantom / "lesions.json").read_text())["lesions"]
-    assert min(LESION_DIAMETERS_MM) == 3.0 and max(LESION_DIAMETERS_MM) == 20.0
-    for subset in ("imagesTr", "imagesTs"):
-        cases = {file.name.removesuffix("_0000.nii.gz") for file in phantom.glob(f"{subset}/*")}
-        assert {lesion["diameter_mm"] for lesion in lesions if lesion["case"] in cases} == set(LESION_DIAMETERS_MM)
-
-
-def test_two_patients_have_no_lesion_one_trained_on_one_held_back(phantom):
-    empty = [file for file in sorted(phantom.glob("labelsT*/*.nii.gz")) if not read_array(file).any()]
-    assert sorted(file.parent.name for file in empty) == ["labelsTr", "labelsTs"]
-    names = [file.name.removesuffix(".nii.gz") for file in empty]
-    assert sorted(names) == json.loads((phantom / "lesions.json").read_text())["cases_without_lesion"]
-    (fold,) = json.loads((phantom / "splits_final.json").read_text())
-    assert set(names) & set(fold["train"])
-
-
-def test_lesions_stand_out_and_vessels_stand_out_more(phantom):
-    image = read_array(phantom / "imagesTr" / "phantom_000_0000.nii.gz")
-    labels = read_array(phantom / "labelsTr" / "phantom_000.nii.gz")
-    body = (image > -100) & (labels == 0)
-    assert 40 < image[labels == 1].mean() - image[body].mean() < 100
-    assert (image[body] > 160).sum() > 100
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_there_is_room_for_all_sizes_whatever_the_seed(seed):
-    case = draw_case(np.random.default_rng(seed), LESION_DIAMETERS_MM[:4])
-    assert len(case.lesions) == 4 and case.labels.max() == 1
-
-
-def test_phantom_refuses_what_it_cannot_do(tmp_path):
-    with pytest.raises(ValueError, match="at least 4 and 2"):
-        write_phantom(tmp_path / "x", num_training=3)
-    with pytest.raises(ValueError, match="no room for a lesion of 60"):
-        draw_case(np.random.default_rng(0), (60.0,))
-    (tmp_path / "there").mkdir()
-    with pytest.raises(SmallSegError, match="exists already"):
-        write_phantom(tmp_path / "there")
-
-
-def test_phantom_leaves_nothing_under_its_name_when_interrupted(tmp_path, monkeypatch):
-    def fail(*arguments, **options):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sitk, "WriteImage", fail)
-        with pytest.raises(KeyboardInterrupt):
-            write_phantom(tmp_path / NAME)
-    assert not (tmp_path / NAME).exists()
-    write_phantom(tmp_path / NAME, num_training=4, num_held_back=2)
-    assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
 # --- the steps, with commands that only leave behind what the real ones would --------------------------------------
@@ -291,6 +176,13 @@ def test_settings_reach_the_commands(fake):
     train = " ".join(fake.calls[3])
     assert train == f"nnUNetv2_train {NAME} 2.5d all -tr {trainer} -p nnUNetSmallSegPlans -device cpu"
     assert "-c 2.5d" in " ".join(fake.calls[4]) and "-f all" in " ".join(fake.calls[4])
+
+
+def test_trainers_that_ignore_the_length_of_training_are_told(fake, capsys):
+    run_demo(fake, DemoSettings("nnUNetTrainer"))
+    assert "-num_epochs, -num_iterations and -num_val_iterations have no effect" in capsys.readouterr().err
+    run_demo(fake, clean=True)
+    assert "no effect" not in capsys.readouterr().err
 
 
 def test_own_data_without_held_back_cases_predicts_the_validation_cases(fake, small_phantom, tmp_path):
@@ -475,7 +367,7 @@ def remove_two_cases(folder: Path) -> None:
         (lambda folder: (folder / "dataset.json").write_text("{"), 1, "cannot be read"),
         (lambda folder: (folder / "dataset.json").write_text("{}"), 1, "lacks channel_names"),
         (lambda folder: (folder / "labelsTr" / "phantom_000.nii.gz").unlink(), 1, "phantom_000 lacks"),
-        (lambda folder: write_dataset_json(folder, channel_names={"0": "CT", "1": "PET"}), 1, "_0001.nii.gz"),
+        (lambda folder: write_dataset_json(folder, channel_names={"0": "T1", "1": "T2"}), 1, "_0001.nii.gz"),
         (lambda folder: write_dataset_json(folder, file_ending=".nrrd"), 1, "no training cases"),
         (lambda folder: (folder / "splits_final.json").write_text("[1]"), 1, "no list of folds"),
         (lambda folder: (folder / "splits_final.json").write_text('[{"train": ["x"], "val": []}]'), 1, "not there: x"),
@@ -636,92 +528,3 @@ def test_terminals_get_one_line_that_is_rewritten(monkeypatch):
     text = stream.getvalue()
     assert text.count("\n") == 1 and text.endswith("[1/2] train: done in 0 s\n")
     assert "\r\x1b[K[1/2] train ... 0 s, epoch 1/2" in text
-
-
-# --- running commands ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def python(monkeypatch):
-    """Lets ``run_logged(["x", CODE])`` run Python code."""
-    monkeypatch.setattr(commands, "command_of", lambda name: [sys.executable, "-c"])
-    monkeypatch.setattr(commands, "SECONDS_TO_END", 1)
-
-
-def run_code(code: str, log: Path, lines: list[str] | None = None) -> None:
-    commands.run_logged(["x", code], os.environ, log, ([] if lines is None else lines).append, lambda: None)
-
-
-def test_output_goes_to_the_log_and_to_the_reader(python, tmp_path):
-    lines: list[str] = []
-    run_code("import sys; print('out'); print('err', file=sys.stderr)", tmp_path / "logs" / "x.log", lines)
-    assert sorted(lines) == ["err\n", "out\n"]
-    text = (tmp_path / "logs" / "x.log").read_text()
-    assert text.startswith("$ x ") and "out\n" in text and "err\n" in text
-
-
-def test_failures_show_the_end_of_the_output_and_the_log(python, tmp_path):
-    with pytest.raises(SmallSegError) as failed:
-        run_code("import sys\nfor i in range(50): print('line', i)\nsys.exit(3)", tmp_path / "x.log")
-    message = str(failed.value)
-    assert "exit status 3" in message and str(tmp_path / "x.log") in message
-    assert "line 49" in message and "line 10" not in message and "--clean" in message
-
-
-@pytest.mark.skipif(os.name == "nt", reason="process groups")
-def test_workers_of_a_killed_command_do_not_keep_the_demo_waiting(python, tmp_path):
-    code = (
-        "import os, signal, subprocess, sys\n"
-        "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(worker.pid))\n"
-        "os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    started = time.monotonic()
-    with pytest.raises(SmallSegError, match="memory"):
-        run_code(code, tmp_path / "x.log")
-    assert time.monotonic() - started < 20
-    assert is_gone(int((tmp_path / "pid").read_text()))
-
-
-@pytest.mark.skipif(os.name == "nt", reason="signals")
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP", "SIGINT"])
-def test_ending_the_demo_ends_the_command(number, python, tmp_path):
-    code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    pid_file = tmp_path / "pid"
-
-    def end_ourselves() -> None:
-        if pid_file.exists() and pid_file.read_text():
-            os.kill(os.getpid(), getattr(signal, number))
-
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), commands.interrupted_by_signals():
-        commands.run_logged(["x", code], os.environ, tmp_path / "x.log", lambda line: None, end_ourselves)
-    assert signal.getsignal(signal.SIGTERM) == handler
-    assert is_gone(int(pid_file.read_text()))
-
-
-def is_gone(pid: int) -> bool:
-    """Whether a process ends within two seconds; what nobody waited for counts as ended."""
-    for _ in range(20):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        status = Path(f"/proc/{pid}/stat")
-        if status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] == "Z":
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def test_commands_are_those_of_this_environment(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    for name in COMMANDS:
-        command = commands.command_of(name)
-        assert Path(command[0]).is_file()
-        assert command[0] == sys.executable or Path(command[0]).stem == name
-    monkeypatch.setattr(commands.shutil, "which", lambda name, path: None)
-    command = commands.command_of("nnUNetv2_train")
-    assert command[:2] == [sys.executable, "-c"] and "run_training_entry" in command[2]
-    with pytest.raises(SmallSegError, match="no command nnUNetv2_dance"):
-        commands.command_of("nnUNetv2_dance")

@@ -1,8 +1,8 @@
 """A synthetic data set with small lesions, for the demo, for tests and for trying settings without patient data.
 
-Each volume is a body with smooth texture and noise, a bright vessel that crosses the slices, and spherical lesions of
-known centre and diameter. The vessel looks like a small lesion in a single slice, so brightness and the neighbouring
-slices matter. Two patients have no lesion, because false alarms show only there.
+Each volume is a body with smooth texture and noise, a vessel that crosses the slices, and spherical lesions of known
+centre and diameter. In a single slice the vessel looks like a small lesion; its neighbours tell them apart. Two
+patients have no lesion, because false alarms show only there.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ __all__ = ["LESION_DIAMETERS_MM", "Case", "draw_case", "write_phantom"]
 LESION_DIAMETERS_MM = (20.0, 3.0, 8.0, 5.0, 16.0, 4.0, 10.0, 6.0, 12.0)
 LESIONS_PER_CASE = 4
 
-# Mean intensities in HU, and the standard deviations of texture and noise.
-AIR_HU, BODY_HU, LESION_HU, VESSEL_HU = -400.0, 40.0, 110.0, 190.0
+# Mean intensities in HU, and the standard deviations of texture and noise. The vessel is as bright as the smallest
+# lesions appear, which fill their voxels only in part.
+AIR_HU, BODY_HU, LESION_HU, VESSEL_HU = -400.0, 40.0, 130.0, 80.0
 TEXTURE_HU, NOISE_HU = 8.0, 9.0
 TEXTURE_LENGTH_MM = 6.0
 

@@ -131,6 +131,11 @@ class Demo:
 
     def run(self, state: State) -> None:
         """Runs what ``state`` does not list as finished, and lists it there."""
+        if not defaults.trains_by_plan(self.settings.trainer):
+            self.console.message(
+                f"note: {self.settings.trainer} is none of our trainers and trains as long as it does by itself: "
+                "-num_epochs, -num_iterations and -num_val_iterations have no effect on it"
+            )
         complete = True
         for number, step in enumerate(self.steps(), start=1):
             # A step whose product was removed runs again, and so does everything that builds on it.
@@ -170,7 +175,7 @@ class Demo:
             "nnUNet_results": str(self.workspace.results),
             EXTENSION_VARIABLE: extended_value(os.environ.get(EXTENSION_VARIABLE)),
             "nnUNet_n_proc_DA": "1" if self.device == "cpu" else str(NUM_PROCESSES),
-            "nnUNet_def_n_proc": str(NUM_PROCESSES),
+            "nnUNet_def_n_proc": "1",
             "nnUNet_wandb_enabled": "0",
             # Progress arrives at once, and a training that lost its demo stops at its next line of output.
             "PYTHONUNBUFFERED": "1",
