@@ -267,7 +267,7 @@ def test_other_settings_in_the_same_workspace_are_refused_and_clean_starts_anew(
     other = DemoSettings(num_epochs=1, patch_size=(32, 32))
     with pytest.raises(SmallSegError) as refused:
         run_demo(fake, other)
-    for text in ("-num_epochs: 10 before, 1 now", "-patch_size", "--clean", "-o"):
+    for text in (f"-num_epochs: {settings.DEFAULT_NUM_EPOCHS} before, 1 now", "-patch_size", "--clean", "-o"):
         assert text in str(refused.value)
     assert (tmp_path / "work" / "demo_state.json").read_bytes() == state
     fake.calls.clear()

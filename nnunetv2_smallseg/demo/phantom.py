@@ -26,9 +26,9 @@ __all__ = ["LESION_DIAMETERS_MM", "Case", "draw_case", "write_phantom"]
 LESION_DIAMETERS_MM = (20.0, 3.0, 8.0, 5.0, 16.0, 4.0, 10.0, 6.0, 12.0)
 LESIONS_PER_CASE = 4
 
-# Mean intensities in HU, and the standard deviations of texture and noise. The vessel is as bright as the smallest
+# Mean intensities in HU, and the spreads of texture and noise. The vessel is about as bright as the smallest
 # lesions appear, which fill their voxels only in part.
-AIR_HU, BODY_HU, LESION_HU, VESSEL_HU = -400.0, 40.0, 130.0, 80.0
+AIR_HU, BODY_HU, LESION_HU, VESSEL_HU = -400.0, 40.0, 130.0, 70.0
 TEXTURE_HU, NOISE_HU = 8.0, 9.0
 TEXTURE_LENGTH_MM = 6.0
 

@@ -19,9 +19,9 @@ __all__ = ["DemoSettings", "check_trainer", "resolve_device", "trains_by_plan"]
 
 DEFAULT_WORKSPACE = "smallseg_demo"
 DEFAULT_TRAINER = "nnUNetTrainerSwinUMambaDScratch"
-DEFAULT_NUM_EPOCHS = 10
+DEFAULT_NUM_EPOCHS = 6
 DEFAULT_NUM_ITERATIONS = 20
-DEFAULT_NUM_VAL_ITERATIONS = 5
+DEFAULT_NUM_VAL_ITERATIONS = 3
 DEFAULT_PATCH_SIZE = (96, 96)
 DEFAULT_BATCH_SIZE = 4
 
