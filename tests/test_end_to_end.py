@@ -9,19 +9,32 @@ import pytest
 TRAINER = "nnUNetTrainerSwinUMambaDScratch"
 
 
-@pytest.fixture(scope="module", params=["2d", "2.5d"])
+@pytest.fixture(scope="module", params=[("2d", "nnUNetPlans"), ("2.5d", "nnUNetSmallSegPlans")], ids=" ".join)
 def trained(request, nnunet_workspace):
-    """A model trained for two epochs by ``nnUNetv2_train``."""
-    workspace, configuration = nnunet_workspace, request.param
-    train = ("nnUNetv2_train", workspace.number, configuration, 0, "-tr", TRAINER, "-p", workspace.plans_name,
-             "-device", "cpu")  # fmt: skip
+    """A model trained for two epochs by ``nnUNetv2_train``: 2d on nnU-Net's own plans, 2.5d on ours."""
+    workspace, (configuration, plans_name) = nnunet_workspace, request.param
+    shorten(workspace, plans_name, 2)
+    model_options = ("-tr", TRAINER, "-p", plans_name, "-device", "cpu")
+    train = ("nnUNetv2_train", workspace.number, configuration, 0, *model_options)
     finished = workspace.run(*train)
-    model = workspace.results / f"{TRAINER}__{workspace.plans_name}__{configuration}"
-    return workspace, configuration, train, model, finished
+    model = workspace.results / f"{TRAINER}__{plans_name}__{configuration}"
+    return workspace, configuration, plans_name, train, model, finished
+
+
+def shorten(workspace, plans_name: str, num_epochs: int) -> None:
+    """Writes small batches and a short schedule into plans; nnU-Net's planner has no options for that."""
+    plans = workspace.plans(plans_name)
+    plans["configurations"]["2d"]["batch_size"] = 2
+    plans["configurations"]["2d"]["training"] = {
+        "num_epochs": num_epochs,
+        "num_iterations_per_epoch": 2,
+        "num_val_iterations_per_epoch": 1,
+    }
+    (workspace.preprocessed / f"{plans_name}.json").write_text(json.dumps(plans))
 
 
 def test_training_validates_and_predicts(trained, tmp_path):
-    workspace, configuration, _, model, finished = trained
+    workspace, configuration, plans_name, _, model, finished = trained
     assert "Epoch 1" in finished.stdout
     assert "Mean Validation Dice" in finished.stdout
     assert (model / "fold_0" / "checkpoint_final.pth").is_file()
@@ -29,7 +42,7 @@ def test_training_validates_and_predicts(trained, tmp_path):
     raw = workspace.folder / "raw" / workspace.dataset
     predictions = tmp_path / "predictions"
     workspace.run("nnUNetv2_predict", "-d", workspace.number, "-i", raw / "imagesTs", "-o", predictions, "-c",
-                  configuration, "-tr", TRAINER, "-p", workspace.plans_name, "-f", 0, "-device", "cpu",
+                  configuration, "-tr", TRAINER, "-p", plans_name, "-f", 0, "-device", "cpu",
                   "-npp", 1, "-nps", 1)  # fmt: skip
     workspace.run("nnUNetv2_evaluate_folder", raw / "labelsTs", predictions, "-djfile", model / "dataset.json",
                   "-pfile", model / "plans.json")  # fmt: skip
@@ -39,16 +52,9 @@ def test_training_validates_and_predicts(trained, tmp_path):
 
 def test_training_resumes(trained):
     """A finished training goes on when the plans ask for more epochs; the first two are not repeated."""
-    workspace, _, train, model, _ = trained
-    path = workspace.preprocessed / f"{workspace.plans_name}.json"
-    original = path.read_text()
-    plans = json.loads(original)
-    plans["configurations"]["2d"]["training"]["num_epochs"] = 3
-    path.write_text(json.dumps(plans))
-    try:
-        resumed = workspace.run(*train, "--c")
-    finally:
-        path.write_text(original)
+    workspace, _, plans_name, train, model, _ = trained
+    shorten(workspace, plans_name, 3)
+    resumed = workspace.run(*train, "--c")
     assert "Epoch 2" in resumed.stdout
     assert "Epoch 1 " not in resumed.stdout.replace("\n", " \n")
     assert "Epoch 0" not in resumed.stdout
