@@ -68,7 +68,17 @@ def test_no_pickles_from_outside():
             assert "weights_only=True" in call, f"{path}: {call}"
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["trainers", "--nonsense"], []])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--version"],
+        ["--help"],
+        ["trainers", "--nonsense"],
+        ["trainers", "--js"],
+        ["plan", "-d", "1", "-num_ep", "3"],
+        [],
+    ],
+)
 def test_command_line_exit_status(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)

@@ -29,7 +29,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Writes a phantom with small lesions (or takes a raw data set), then plans, preprocesses, trains, "
         "predicts and evaluates by nnU-Net's own commands, all inside one folder. Started again with the same options, "
         "it goes on where it stopped.",
-        allow_abbrev=False,
     )
     parser.add_argument("-i", metavar="FOLDER", help="raw data set, DatasetXXX_Name (default: writes a phantom)")
     parser.add_argument(

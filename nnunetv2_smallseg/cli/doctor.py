@@ -18,7 +18,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="check the installation",
         description="Checks Python, PyTorch, nnU-Net, folders, trainers, scan back ends and weights. Exit status 1 if "
         "something would break.",
-        allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     parser.set_defaults(run=run)

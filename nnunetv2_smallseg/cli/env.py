@@ -18,7 +18,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description='Prints the export of nnUNet_extTrainer. sh, bash, zsh: eval "$(smallseg env)"; '
         "fish: smallseg env --shell fish | source; "
         "PowerShell: smallseg env --shell powershell | Invoke-Expression",
-        allow_abbrev=False,
     )
     parser.add_argument("--shell", choices=environment.SHELLS, default="sh", help="syntax to print (default: sh)")
     parser.set_defaults(run=run)

@@ -17,15 +17,26 @@ __all__ = ["build_parser", "main"]
 COMMANDS = (env, doctor, demo, plan, weights, trainers)
 
 
+class ExactParser(argparse.ArgumentParser):
+    """A parser that takes options by their full name only, so that a mistyped one fails.
+
+    ``allow_abbrev=False`` covers options with two dashes; nnU-Net's long options have one.
+    """
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **{**options, "allow_abbrev": False})
+
+    def _get_option_tuples(self, option_string: str) -> list:
+        return []
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``smallseg`` with all its sub-commands.
 
     Every module of ``COMMANDS`` has ``add_parser(subparsers)``, which sets the default ``run``: a function that takes
     the parsed arguments and returns the exit status.
     """
-    parser = argparse.ArgumentParser(
-        prog="smallseg", description="Small-lesion networks and trainers for unmodified nnU-Net v2.", allow_abbrev=False
-    )
+    parser = ExactParser(prog="smallseg", description="Small-lesion networks and trainers for unmodified nnU-Net v2.")
     parser.add_argument("--version", action="version", version=f"nnunetv2-smallseg {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
@@ -35,7 +46,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs ``smallseg`` and returns its exit status: 0, 1 (failure) or 2 (usage)."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    # Our messages only: other libraries announce themselves at this level.
+    logger = logging.getLogger("nnunetv2_smallseg")
+    logger.handlers = [logging.StreamHandler()]
+    logger.setLevel(logging.INFO)
     parsed = build_parser().parse_args(arguments)
     try:
         status = parsed.run(parsed)

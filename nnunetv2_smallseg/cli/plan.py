@@ -22,7 +22,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="write plans with the configurations 2d and 2.5d",
         description="Writes plans with the configurations 2d and 2.5d (slabs of slices) for a data set whose "
         "fingerprint was extracted by nnUNetv2_extract_fingerprint.",
-        allow_abbrev=False,
     )
     parser.add_argument("-d", required=True, metavar="DATASET", help="number or name of the data set")
     parser.add_argument(

@@ -12,7 +12,7 @@ __all__ = ["add_parser", "run"]
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds the sub-command."""
-    parser = subparsers.add_parser("trainers", help="list all trainers", allow_abbrev=False)
+    parser = subparsers.add_parser("trainers", help="list all trainers")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     parser.set_defaults(run=run)
 

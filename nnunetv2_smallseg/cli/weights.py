@@ -16,31 +16,28 @@ __all__ = ["add_parser"]
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds the sub-command."""
-    parser = subparsers.add_parser("weights", help="list, fetch, verify, import weight files", allow_abbrev=False)
+    parser = subparsers.add_parser("weights", help="list, fetch, verify, import weight files")
     actions = parser.add_subparsers(title="actions", dest="action", metavar="ACTION", required=True)
 
-    listing = actions.add_parser("list", help="list all weight files and whether they are here", allow_abbrev=False)
+    listing = actions.add_parser("list", help="list all weight files and whether they are here")
     listing.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     listing.set_defaults(run=run_list)
 
-    fetching = actions.add_parser("fetch", help="download a file into the weights folder", allow_abbrev=False)
+    fetching = actions.add_parser("fetch", help="download a file into the weights folder")
     fetching.add_argument("name", metavar="NAME", help="name in `smallseg weights list`")
     fetching.set_defaults(run=run_fetch)
 
-    verifying = actions.add_parser(
-        "verify", help="check size and checksum; exit 1 if a file is absent or damaged", allow_abbrev=False
-    )
+    verifying = actions.add_parser("verify", help="check size and checksum; exit 1 if a file is absent or damaged")
     verifying.add_argument("name", metavar="NAME", nargs="?", help="name in `smallseg weights list` (default: all)")
     verifying.set_defaults(run=run_verify)
 
-    locating = actions.add_parser("path", help="print where a file is or has to be put", allow_abbrev=False)
+    locating = actions.add_parser("path", help="print where a file is or has to be put")
     locating.add_argument("name", metavar="NAME", help="name in `smallseg weights list`")
     locating.set_defaults(run=run_path)
 
     importing = actions.add_parser(
         "import-official",
         help="convert a Swin-UMamba checkpoint of the authors' code for nnUNetv2_train -pretrained_weights",
-        allow_abbrev=False,
     )
     importing.add_argument("file", metavar="FILE", help="checkpoint of the authors' code")
     importing.add_argument("-o", dest="output", metavar="OUT", required=True, help="file to write")
