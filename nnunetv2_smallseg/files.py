@@ -17,9 +17,9 @@ __all__ = ["replacing", "write_json"]
 def replacing(target: Path) -> Iterator[Path]:
     """Gives a temporary path beside ``target``; at the end it takes the place of ``target``.
 
-    After an exception the temporary file is removed and ``target`` is what it was before.
+    After an exception the temporary file is removed and ``target`` is what it was before. The name is unique, so that
+    several processes may write the same target.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
     os.close(handle)
     temporary = Path(name)
@@ -29,6 +29,8 @@ def replacing(target: Path) -> Iterator[Path]:
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
+        with temporary.open("rb") as stream:  # on the disk before the name is, should the power fail
+            os.fsync(stream.fileno())
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)

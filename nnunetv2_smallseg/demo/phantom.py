@@ -7,7 +7,6 @@ patients have no lesion, because false alarms show only there.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import SimpleITK as sitk
 from scipy.ndimage import gaussian_filter
 
 from nnunetv2_smallseg.errors import SmallSegError
+from nnunetv2_smallseg.files import write_json
 
 __all__ = ["LESION_DIAMETERS_MM", "Case", "draw_case", "write_phantom"]
 
@@ -249,7 +249,7 @@ def write_phantom(
 
     num_validation = num_training // 6 or 1
     training, validation = names[: num_training - num_validation], names[num_training - num_validation : num_training]
-    _write_json(
+    write_json(
         {
             "name": "SmallLesionPhantom",
             "description": f"Synthetic small lesions, drawn by nnunetv2-smallseg with seed {seed}",
@@ -260,8 +260,8 @@ def write_phantom(
         },
         partial / "dataset.json",
     )
-    _write_json([{"train": training, "val": validation}], partial / "splits_final.json")
-    _write_json(
+    write_json([{"train": training, "val": validation}], partial / "splits_final.json")
+    write_json(
         {
             "seed": seed,
             "axes": "z, y, x",
@@ -280,7 +280,3 @@ def _write_volume(array: np.ndarray, spacing: tuple[float, ...], file: Path) -> 
     image = sitk.GetImageFromArray(array)
     image.SetSpacing(tuple(reversed(spacing)))
     sitk.WriteImage(image, str(file), useCompression=True)
-
-
-def _write_json(content: object, file: Path) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from nnunetv2_smallseg.demo.settings import PLANS_NAME, DemoSettings
 from nnunetv2_smallseg.demo.workspace import State, Workspace
 from nnunetv2_smallseg.environment import EXTENSION_VARIABLE, extended_value
 from nnunetv2_smallseg.errors import SmallSegError, UsageError
+from nnunetv2_smallseg.files import replacing
 
 __all__ = ["DemoResult", "run_demo"]
 
@@ -221,9 +222,8 @@ class Demo:
         if self.dataset.splits is not None:
             # nnU-Net looks for the folds beside the preprocessed data only.
             target = self.workspace.preprocessed / self.name / "splits_final.json"
-            partial = target.with_suffix(".partial")
-            shutil.copyfile(self.dataset_folder / "splits_final.json", partial)
-            partial.replace(target)
+            with replacing(target) as partial:
+                shutil.copyfile(self.dataset_folder / "splits_final.json", partial)
 
     def train(self) -> None:
         """Trains, going on from a checkpoint if there is one; ends with nnU-Net's validation."""

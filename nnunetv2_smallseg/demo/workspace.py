@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nnunetv2_smallseg.demo.settings import PLANS_NAME, DemoSettings
 from nnunetv2_smallseg.errors import SmallSegError, UsageError
+from nnunetv2_smallseg.files import write_json
 
 __all__ = ["State", "Workspace"]
 
@@ -115,12 +116,7 @@ class Workspace:
 
     def save_state(self, state: State) -> None:
         """Writes the state file in one go: it is the old one or the new one, whenever the power fails."""
-        partial = self.state_file.with_suffix(".partial")
-        with partial.open("w", encoding="utf-8") as stream:
-            json.dump({"written_by": WRITTEN_BY, **asdict(state)}, stream, indent=2)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(self.state_file)
+        write_json({"written_by": WRITTEN_BY, **asdict(state)}, self.state_file)
 
     def clean(self, state: State) -> None:
         """Removes what the demo with this state wrote, and the folders that are empty then. Other files stay."""

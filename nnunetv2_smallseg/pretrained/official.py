@@ -7,7 +7,6 @@ file holds ``{"network_weights": ...}``, which ``nnUNetv2_train -pretrained_weig
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from nnunetv2_smallseg.architectures.swin_umamba import SwinUMamba, SwinUMambaD, from_official
 from nnunetv2_smallseg.errors import WeightsError
+from nnunetv2_smallseg.files import replacing
 from nnunetv2_smallseg.pretrained.checkpoint import read_checkpoint
 
 __all__ = ["ImportedNetwork", "convert_official", "import_official"]
@@ -115,15 +115,11 @@ def import_official(
         imported = convert_official(read_checkpoint(source))
     except WeightsError as error:
         raise error if str(source) in str(error) else WeightsError(f"{source}: {error}") from error
-    partial = destination.with_name(f".{destination.name}.{uuid.uuid4().hex}.part")
     try:
-        torch.save({"network_weights": imported.state_dict}, partial)
-        os.replace(partial, destination)
+        with replacing(destination) as partial:
+            torch.save({"network_weights": imported.state_dict}, partial)
     except (OSError, RuntimeError) as error:  # torch.save reports a missing folder or a full disk as RuntimeError
         raise WeightsError(
             f"cannot write {destination}: {error}. Check that its folder exists, is writable and has space."
         ) from error
-    finally:
-        if partial.exists():
-            partial.unlink()
     return imported

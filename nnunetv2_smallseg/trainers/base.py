@@ -5,13 +5,13 @@ Everything goes through the hooks of nnU-Net's ``nnUNetTrainer`` (2.8): nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +24,7 @@ from nnunetv2_smallseg.plans.configurations import num_slices, resolve, training
 from nnunetv2_smallseg.pretrained.load import load_pretrained
 from nnunetv2_smallseg.trainers.schedules import CosineSchedule
 
-__all__ = ["SmallSegTrainer", "build_planar_network"]
+__all__ = ["SmallSegTrainer", "network_builder"]
 
 
 @contextmanager
@@ -36,32 +36,31 @@ def stop_on_user_error() -> Iterator[None]:
         raise CommandStopped(f"error: {error}") from None
 
 
-def build_planar_network(
-    network_class: type[SegmentationNetwork],
-    configuration_manager: ConfigurationManager,
-    num_input_channels: int,
-    num_output_channels: int,
-    enable_deep_supervision: bool,
-) -> nn.Module:
-    """Builds a 2D network for a configuration: as it is for ``2d``, around slabs for ``2.5d``.
+def network_builder(network_class: type[SegmentationNetwork]) -> Callable[..., nn.Module]:
+    """nnU-Net's hook ``build_network_architecture`` for a 2D network: as it is for ``2d``, around slabs for ``2.5d``.
 
     Args:
         network_class: A 2D network.
-        configuration_manager: nnU-Net's view of the configuration.
-        num_input_channels: Channels C of the data.
-        num_output_channels: Segmentation heads K.
-        enable_deep_supervision: Whether it returns outputs at several resolutions.
     Returns:
-        A network for (B, C, H, W), or for (B, C, S, H, W) if patches have S slices.
-    Raises:
-        CommandStopped: If the configuration is three-dimensional.
+        A function with nnU-Net's arguments that builds a network for (B, C, H, W), or for (B, C, S, H, W) if the
+        configuration's patches have S slices. It raises ``CommandStopped`` for a three-dimensional configuration.
     """
-    with stop_on_user_error():
-        slices = num_slices(configuration_manager.configuration, "of this model")
-    if slices == 1:
-        return network_class(num_input_channels, num_output_channels, enable_deep_supervision)
-    network = network_class(num_input_channels * slices, num_output_channels * slices, enable_deep_supervision)
-    return SlabNetwork(network, slices)
+
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        with stop_on_user_error():
+            slices = num_slices(configuration_manager.configuration, "of this model")
+        if slices == 1:
+            return network_class(num_input_channels, num_output_channels, enable_deep_supervision)
+        network = network_class(num_input_channels * slices, num_output_channels * slices, enable_deep_supervision)
+        return SlabNetwork(network, slices)
+
+    return build_network_architecture
 
 
 def tolerate_unused_parameters(wrapped: DistributedDataParallel) -> DistributedDataParallel:
@@ -76,8 +75,9 @@ def tolerate_unused_parameters(wrapped: DistributedDataParallel) -> DistributedD
 class SmallSegTrainer(nnUNetTrainer):
     """nnU-Net's trainer for the 2D networks of this package, on slices and on 2.5D slabs.
 
-    A subclass gives ``build_network_architecture`` and overrides the class attributes below. The schedule (epochs and
-    iterations) is nnU-Net's unless the plans say otherwise (``smallseg plan -num_epochs``).
+    A subclass sets ``build_network_architecture = staticmethod(network_builder(Network))`` and overrides the class
+    attributes below. The schedule (epochs and iterations) is nnU-Net's unless the plans say otherwise (``smallseg plan
+    -num_epochs``).
 
     Attributes:
         weights: Name of the pretrained weight file (``smallseg weights list``), or None to start at random.

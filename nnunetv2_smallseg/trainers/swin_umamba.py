@@ -14,7 +14,7 @@ As in the code, nnU-Net gives the lowest of the four outputs no weight in the lo
 """
 
 from nnunetv2_smallseg.architectures.swin_umamba import SwinUMamba, SwinUMambaD
-from nnunetv2_smallseg.trainers.base import SmallSegTrainer, build_planar_network
+from nnunetv2_smallseg.trainers.base import SmallSegTrainer, network_builder
 
 __all__ = [
     "nnUNetTrainerSwinUMamba",
@@ -27,17 +27,9 @@ __all__ = [
 class nnUNetTrainerSwinUMamba(SmallSegTrainer):
     """Swin-UMamba from ImageNet weights."""
 
+    build_network_architecture = staticmethod(network_builder(SwinUMamba))
     weights = "vmamba_tiny_imagenet"
     freeze_encoder_epochs = 10
-
-    @staticmethod
-    def build_network_architecture(
-        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
-    ):
-        """nnU-Net's hook: the network for a configuration."""
-        return build_planar_network(
-            SwinUMamba, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
-        )
 
 
 class nnUNetTrainerSwinUMambaScratch(nnUNetTrainerSwinUMamba):
@@ -50,17 +42,9 @@ class nnUNetTrainerSwinUMambaScratch(nnUNetTrainerSwinUMamba):
 class nnUNetTrainerSwinUMambaD(SmallSegTrainer):
     """Swin-UMamba† from ImageNet weights."""
 
+    build_network_architecture = staticmethod(network_builder(SwinUMambaD))
     weights = "vmamba_tiny_imagenet"
     freeze_encoder_epochs = 10
-
-    @staticmethod
-    def build_network_architecture(
-        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
-    ):
-        """nnU-Net's hook: the network for a configuration."""
-        return build_planar_network(
-            SwinUMambaD, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
-        )
 
 
 class nnUNetTrainerSwinUMambaDScratch(nnUNetTrainerSwinUMambaD):
