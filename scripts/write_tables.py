@@ -47,6 +47,12 @@ def networks_table() -> str:
     return "\n".join(lines)
 
 
+def dice_with_cases(result: dict) -> str:
+    """Foreground Dice and the number of cases it is a mean of."""
+    number = result["cases"]
+    return f"{result['foreground_dice']:.3f} ({number} case{'s' * (number != 1)})"
+
+
 def first_runs_tables() -> str:
     """Command, result and epochs of each short training."""
     results = json.loads((ROOT / "benchmarks" / "results" / "first_runs.json").read_text())
@@ -64,8 +70,7 @@ def first_runs_tables() -> str:
         minutes = sum(run["step_seconds"].values()) / 60
         lines.append(
             f"| {run['dataset']} | {options['-c']} | `{options['-tr']}` | {iterations} | "
-            f"{run['validation']['foreground_dice']:.3f} ({run['validation']['cases']} cases) | "
-            f"{run['prediction']['foreground_dice']:.3f} ({run['prediction']['cases']} cases) | {minutes:.1f} |"
+            f"{dice_with_cases(run['validation'])} | {dice_with_cases(run['prediction'])} | {minutes:.1f} |"
         )
     for run in results["runs"]:
         lines += ["", f"## {run['dataset']}, {run['options']['-c']}", "", "```text", run["command"], "```", ""]
