@@ -24,8 +24,16 @@ EPOCH = re.compile(
 )
 
 
+def read_summary(file: Path) -> dict | None:
+    """Number of cases and foreground Dice of nnU-Net's ``summary.json``; None if that step was not run."""
+    if not file.is_file():
+        return None
+    summary = json.loads(file.read_text())
+    return {"cases": len(summary["metric_per_case"]), "foreground_dice": summary["foreground_mean"]["Dice"]}
+
+
 def collect(workspace: Path) -> dict:
-    """Settings, epochs and Dice of one finished demo."""
+    """Settings, epochs and Dice of one demo; its training must be finished."""
     state = json.loads((workspace / "demo_state.json").read_text())
     log = (workspace / "logs" / "train.log").read_text()
     epochs = [
@@ -42,8 +50,6 @@ def collect(workspace: Path) -> dict:
     name = state["dataset"]["name"]
     model = f"{options['-tr']}__nnUNetSmallSegPlans__{options['-c']}"
     fold = workspace / "nnUNet_results" / name / model / f"fold_{options['-f']}"
-    summary = json.loads((fold / "validation" / "summary.json").read_text())
-    predicted = json.loads((workspace / "predictions" / "summary.json").read_text())
     source = [] if state["dataset"]["source"] == "phantom" else ["-i", name]
     command = ["smallseg", "demo", *source]
     for option, value in options.items():
@@ -53,14 +59,8 @@ def collect(workspace: Path) -> dict:
         "dataset": name,
         "options": options,
         "epochs": epochs,
-        "validation": {
-            "cases": len(summary["metric_per_case"]),
-            "foreground_dice": summary["foreground_mean"]["Dice"],
-        },
-        "prediction": {
-            "cases": len(predicted["metric_per_case"]),
-            "foreground_dice": predicted["foreground_mean"]["Dice"],
-        },
+        "validation": read_summary(fold / "validation" / "summary.json"),
+        "prediction": read_summary(workspace / "predictions" / "summary.json"),
         "step_seconds": state["finished"],
     }
 

@@ -47,8 +47,10 @@ def networks_table() -> str:
     return "\n".join(lines)
 
 
-def dice_with_cases(result: dict) -> str:
+def dice_with_cases(result: dict | None) -> str:
     """Foreground Dice and the number of cases it is a mean of."""
+    if result is None:
+        return "not run"
     number = result["cases"]
     return f"{result['foreground_dice']:.3f} ({number} case{'s' * (number != 1)})"
 
