@@ -69,10 +69,11 @@ def first_runs_tables() -> str:
     for run in results["runs"]:
         options = run["options"]
         iterations = int(options["-num_epochs"]) * int(options["-num_iterations"])
-        minutes = sum(run["step_seconds"].values()) / 60
+        steps = run["step_seconds"]
+        minutes = f"{sum(steps.values()) / 60:.1f}" if "train" in steps else "stopped after training"
         lines.append(
             f"| {run['dataset']} | {options['-c']} | `{options['-tr']}` | {iterations} | "
-            f"{dice_with_cases(run['validation'])} | {dice_with_cases(run['prediction'])} | {minutes:.1f} |"
+            f"{dice_with_cases(run['validation'])} | {dice_with_cases(run['prediction'])} | {minutes} |"
         )
     for run in results["runs"]:
         lines += ["", f"## {run['dataset']}, {run['options']['-c']}", "", "```text", run["command"], "```", ""]
