@@ -7,7 +7,8 @@ cover it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 __all__ = ["SYSTEMS", "Network", "Paper", "System", "Trainer", "network", "networks", "trainer", "trainers"]
 
@@ -36,6 +37,7 @@ class Network:
         parameters: (input channels, classes) -> number of parameters of the published network.
         description: One line for tables.
         reference: Folder of its reference outputs below ``shared/reference``.
+        small: Constructor options of a small version, for tests and smoke runs.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Network:
     parameters: dict[tuple[int, int], int]
     description: str
     reference: str
+    small: Mapping = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,13 @@ class Trainer:
 
     Attributes:
         name: Name of the class, as given to ``nnUNetv2_train -tr``.
-        network: Name of its network.
+        network: Name of its network; None for nnU-Net's own, as the plans describe it.
         weights: Name of the weight file it starts from (``smallseg weights list``), or None.
         description: One line for tables.
     """
 
     name: str
-    network: str
+    network: str | None
     weights: str | None
     description: str
 
@@ -94,6 +97,7 @@ SYSTEMS: tuple[System, ...] = (
                 parameters={(1, 14): 59_889_368},
                 description="VMamba encoder behind a convolution stem, convolutional decoder",
                 reference="swin_umamba",
+                small={"widths": (24, 48, 96, 192), "depths": (1, 1, 1, 1)},
             ),
             Network(
                 name="SwinUMambaD",
@@ -103,6 +107,7 @@ SYSTEMS: tuple[System, ...] = (
                 parameters={(1, 14): 27_497_720},
                 description="VMamba encoder, Mamba decoder (Swin-UMamba† of the paper)",
                 reference="swin_umamba",
+                small={"widths": (24, 48, 96, 192), "depths": (1, 1, 1, 1)},
             ),
         ),
         trainers=(
