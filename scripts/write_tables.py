@@ -24,9 +24,10 @@ def trainers_table() -> str:
         paper = f"[{system.name}, {system.paper.venue}]({system.paper.url})"
         for trainer in system.trainers:
             weights = f"`{trainer.weights}`" if trainer.weights else "none"
+            network = f"`{trainer.network}`" if trainer.network else "of the plans"
+            parameters = f"{counts[trainer.network] / 1e6:.1f} M" if trainer.network else "of the plans"
             lines.append(
-                f"| `{trainer.name}` | {trainer.network} | {counts[trainer.network] / 1e6:.1f} M | {weights} | "
-                f"{trainer.description} | {paper} |"
+                f"| `{trainer.name}` | {network} | {parameters} | {weights} | {trainer.description} | {paper} |"
             )
     return "\n".join(lines)
 

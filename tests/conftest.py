@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from nnunetv2_smallseg import registry
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Read by OpenMP when torch is imported. Threads that wait actively slow each other down by an order of magnitude as
@@ -76,6 +78,11 @@ class Workspace:
         return run_command(*command, environment=self.environment, status=status)
 
 
+def small_networks() -> dict[str, dict]:
+    """Constructor options of the small version of every network, as a configuration of the plans holds them."""
+    return {name: dict(network.small) for name, network in registry.networks().items() if network.small}
+
+
 def run_command(*command: object, environment: dict[str, str] | None = None, status: int = 0):
     """Runs a command installed beside the Python interpreter; fails with its output unless it exits with ``status``."""
     program, *arguments = [str(part) for part in command]
@@ -90,7 +97,7 @@ def run_command(*command: object, environment: dict[str, str] | None = None, sta
 
 @pytest.fixture(scope="session")
 def nnunet_workspace(tmp_path_factory) -> Workspace:
-    """Phantom, fingerprint, stock plans, our plans and 2d data for both, made once for all tests."""
+    """Phantom, fingerprint, stock and our plans, 2d data for both and stock 3d data, made once for all tests."""
     from nnunetv2_smallseg.demo.phantom import write_phantom
 
     folder = tmp_path_factory.mktemp("nnunet")
@@ -110,8 +117,9 @@ def nnunet_workspace(tmp_path_factory) -> Workspace:
     schedule = ("-num_epochs", 2, "-num_iterations", 2, "-num_val_iterations", 1)
     workspace.run("smallseg", "plan", "-d", workspace.number, "-batch_size", 2, *schedule)
     workspace.run("nnUNetv2_plan_experiment", "-d", workspace.number)
-    for plans_name in (workspace.plans_name, "nnUNetPlans"):
-        workspace.run("nnUNetv2_preprocess", "-d", workspace.number, "-plans_name", plans_name, "-c", "2d", "-np", 2)
+    for plans_name, configurations in ((workspace.plans_name, ["2d"]), ("nnUNetPlans", ["2d", "3d_fullres"])):
+        workspace.run("nnUNetv2_preprocess", "-d", workspace.number, "-plans_name", plans_name, "-c", *configurations,
+                      "-np", *[2] * len(configurations))  # fmt: skip
     return workspace
 
 

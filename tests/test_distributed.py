@@ -9,7 +9,7 @@ from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_smallseg.architectures.swin_umamba import SwinUMambaD
-from nnunetv2_smallseg.trainers.base import tolerate_unused_parameters
+from nnunetv2_smallseg.trainers.slabs import tolerate_unused_parameters
 
 TINY = {"widths": (8, 16, 32, 64), "depths": (1, 1, 1, 1)}
 

@@ -208,7 +208,7 @@ def test_slabs_fold_slices_into_channels(entry):
 def test_slabs_refuse_other_shapes(entry):
     with torch.device("meta"):
         with pytest.raises(ValueError, match="multiple of 3 slices"):
-            SlabNetwork(build(entry, channels=2), 3)
+            SlabNetwork(build(entry, channels=3, classes=2), 3)(torch.empty(1, 1, 3, 32, 32))
         slab_network = SlabNetwork(build(entry, channels=3), 3)
         with pytest.raises(ValueError, match=r"\(1, 1, 5, 32, 32\)"):
             slab_network(torch.empty(1, 1, 5, 32, 32))

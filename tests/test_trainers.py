@@ -9,17 +9,23 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import small_networks
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunetv2_smallseg import registry, trainers
+from nnunetv2_smallseg.architectures.slab import SlabNetwork
 from nnunetv2_smallseg.errors import CommandStopped
+from nnunetv2_smallseg.plans.configurations import is_volume, resolve
 from nnunetv2_smallseg.trainers import base
 from nnunetv2_smallseg.trainers.schedules import CosineSchedule
+from nnunetv2_smallseg.trainers.slabs import SlabTrainer
 
 NAMES = list(registry.trainers())
 every_trainer = pytest.mark.parametrize("name", NAMES)
+OWN_NETWORK = [name for name in NAMES if registry.trainer(name).network is not None]
+every_trainer_of_our_networks = pytest.mark.parametrize("name", OWN_NETWORK)
 every_configuration = pytest.mark.parametrize("configuration", ["2d", "2.5d"])
 
 
@@ -49,15 +55,22 @@ def make(
 ) -> nnUNetTrainer:
     plans = copy.deepcopy(plans or workspace.plans())
     plans["continue_training"] = False
+    for settings in plans["configurations"].values():
+        settings["network_options"] = small_networks()
     dataset_json = {**workspace.dataset_json(), **dataset_changes}
     return getattr(trainers, name)(plans, configuration, 0, dataset_json, torch.device("cpu"))
+
+
+def target_scales(trainer: nnUNetTrainer) -> list[list[float]]:
+    """Scale of each target, relative to the patch."""
+    return trainer._get_deep_supervision_scales() or [[1.0] * len(trainer.configuration_manager.patch_size)]
 
 
 def random_batch(trainer: nnUNetTrainer, channels: int = 1, heads: int = 1) -> dict:
     """A batch as the data loader gives it: random images and labels at every scale of deep supervision."""
     generator = torch.Generator().manual_seed(0)
     patch = trainer.configuration_manager.patch_size
-    scales = trainer._get_deep_supervision_scales() or [[1.0] * len(patch)]
+    scales = target_scales(trainer)
     targets = []
     for scale in scales:
         size = [round(voxels * factor) for voxels, factor in zip(patch, scale, strict=True)]
@@ -88,8 +101,12 @@ def test_registry_tells_the_truth(name, nnunet_folders):
     entry = registry.trainer(name)
     trainer = make(name, nnunet_folders)
     trainer.initialize()
-    assert type(trainer.planar_network).__name__ == entry.network
-    assert trainer.weights == entry.weights
+    if entry.network is None:
+        stock = nnUNetTrainer.build_network_architecture(trainer.plans_manager, trainer.configuration_manager, 1, 2)
+        assert str(trainer.network) == str(stock)
+    else:
+        assert type(trainer.planar_network).__name__ == entry.network
+    assert getattr(trainer, "weights", None) == entry.weights
 
 
 @every_trainer
@@ -146,7 +163,7 @@ def test_saved_model_predicts_the_same_logits(name, nnunet_folders, without_weig
     assert logits.shape == (2, 1, 64, 64)
 
 
-@every_trainer
+@every_trainer_of_our_networks
 def test_deep_supervision_stays_off_where_the_trainer_has_none(name, nnunet_folders):
     trainer = make(name, nnunet_folders)
     trainer.initialize()
@@ -187,15 +204,18 @@ def test_regions_and_ignore_label(name, nnunet_folders, without_weight_file):
 
 @every_trainer
 def test_3d_configurations_are_refused_before_anything_is_written(name, nnunet_folders, tmp_path):
-    with pytest.raises(CommandStopped, match="'3d_fullres' is three-dimensional") as stopped:
-        make(name, nnunet_folders, "3d_fullres", nnunet_folders.plans("nnUNetPlans"))
-    assert "2.5d" in str(stopped.value)
+    plans = nnunet_folders.plans("nnUNetPlans")
+    assert is_volume(resolve(plans, "3d_fullres"))
+    if not getattr(trainers, name).accepts_volumes:
+        with pytest.raises(CommandStopped, match="'3d_fullres' is three-dimensional") as stopped:
+            make(name, nnunet_folders, "3d_fullres", plans)
+        assert "2.5d" in str(stopped.value)
     with pytest.raises(CommandStopped, match=r"no configuration '2.5d'.*smallseg plan|no slices to stack"):
         make(name, nnunet_folders, "2.5d", nnunet_folders.plans("nnUNetPlans"))
     assert not (tmp_path / "results").exists()
 
 
-@every_trainer
+@pytest.mark.parametrize("name", [name for name in NAMES if "SwinUMamba" in name])
 def test_optimizer_follows_the_paper(name, nnunet_folders, shared):
     facts = json.loads((shared / "reference" / "swin_umamba" / "training_facts.json").read_text())
     trainer = make(name, nnunet_folders)
@@ -207,10 +227,23 @@ def test_optimizer_follows_the_paper(name, nnunet_folders, shared):
     assert exempt["weight_decay"] == 0
     assert decayed["eps"] == facts["optimizer"]["eps"]
     assert list(decayed["betas"]) == facts["optimizer"]["betas"]
-    everything = {id(parameter) for parameter in trainer.network.parameters()}
-    assert {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]} == everything
     assert trainer.freeze_encoder_epochs == max(0, facts["freeze_encoder_epochs"][name.removeprefix("nnUNetTrainer")])
     assert trainer.supervise_deeply == facts["deep_supervision"]["enabled"][name.removeprefix("nnUNetTrainer")]
+
+
+@every_trainer_of_our_networks
+def test_optimizer_holds_every_parameter_once(name, nnunet_folders):
+    trainer = make(name, nnunet_folders)
+    trainer.initialize()
+    held = [id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    assert len(held) == len(set(held))
+    assert set(held) == {id(parameter) for parameter in trainer.network.parameters()}
+    exempt = {id(parameter) for parameter in trainer.optimizer.param_groups[-1]["params"]}
+    without_decay = [group for group in trainer.optimizer.param_groups if group["weight_decay"] == 0]
+    assert bool(without_decay) is not trainer.decay_everything
+    if without_decay:
+        names = trainer.unwrapped_network.no_weight_decay()
+        assert exempt == {id(parameter) for key, parameter in trainer.network.named_parameters() if key in names}
 
 
 def test_cosine_equals_the_official_schedule(shared):
@@ -230,9 +263,11 @@ def test_cosine_ends_with_the_training(nnunet_folders):
     assert trainer.lr_scheduler.rate(2) == trainer.min_learning_rate
 
 
-@every_trainer
+@every_trainer_of_our_networks
 def test_encoder_is_frozen_in_the_first_epochs_only(name, nnunet_folders, without_weight_file):
-    trainer = make(name, nnunet_folders)
+    plans = nnunet_folders.plans()
+    plans["configurations"]["2d"]["training"] = {"num_epochs": 100}
+    trainer = make(name, nnunet_folders, plans=plans)
     trainer.initialize()
     encoder = list(trainer.planar_network.encoder_parameters())
     others = {id(parameter) for parameter in trainer.network.parameters()} - {id(parameter) for parameter in encoder}
@@ -270,7 +305,7 @@ def test_weights_are_read_once_before_the_first_epoch(name, configuration, nnune
 def test_a_missing_weight_file_stops_training(name, nnunet_folders, monkeypatch, tmp_path):
     monkeypatch.setenv("SMALLSEG_WEIGHTS", str(tmp_path / "weights"))
     trainer = make(name, nnunet_folders)
-    with pytest.raises(CommandStopped, match="smallseg weights fetch vmamba_tiny_imagenet"):
+    with pytest.raises(CommandStopped, match=f"smallseg weights fetch {registry.trainer(name).weights}"):
         trainer.on_train_start()
 
 
@@ -315,9 +350,9 @@ def test_slab_augmentation_stays_within_the_plane(nnunet_folders):
 
 
 @pytest.mark.parametrize("slices", [3, 5])
-def test_all_slices_of_a_slab_are_transformed_alike(slices):
+def test_all_slices_of_a_slab_are_transformed_alike(slices, nnunet_folders):
     """Equal slices stay equal, whatever was drawn, apart from noise, which is independent in every voxel."""
-    trainer = trainers.nnUNetTrainerSwinUMambaD
+    trainer = make("nnUNetTrainerSwinUMambaD", nnunet_folders, "2.5d")
     transforms = trainer.get_training_transforms([slices, 32, 32], (-3.0, 3.0), None, (1, 2), True)
     transforms.transforms = [
         transform
@@ -335,6 +370,38 @@ def test_all_slices_of_a_slab_are_transformed_alike(slices):
         assert torch.equal(result["segmentation"], result["segmentation"][:, :1].expand(-1, slices, -1, -1))
         changed += not torch.equal(result["image"], image[:, :, 8:40, 8:40])
     assert changed > 40
+
+
+def test_unknown_network_options_stop_the_command(nnunet_folders):
+    trainer = make("nnUNetTrainerSwinUMambaD", nnunet_folders)
+    trainer.configuration_manager.configuration["network_options"] = {"SwinUMambaD": {"widht": 3}}
+    with pytest.raises(CommandStopped, match=r"widht.*widths"):
+        trainer.initialize()
+
+
+def test_nnunets_own_network_on_slices_slabs_and_volumes(nnunet_folders):
+    """What trainers of nnU-Net's own network are built on."""
+
+    class AnyDimension(SlabTrainer):
+        accepts_volumes = True
+
+    plans = nnunet_folders.plans("nnUNetPlans")
+    plans["continue_training"] = False
+    plans["configurations"]["2.5d"] = nnunet_folders.plans()["configurations"]["2.5d"]
+    patches = {"2d": [64, 64], "2.5d": [3, 64, 64], "3d_fullres": [16, 64, 64]}
+    for configuration, patch in patches.items():
+        own = copy.deepcopy(plans)
+        own["configurations"][configuration]["patch_size"] = patch
+        own["configurations"]["2d"]["batch_size"] = 2
+        trainer = AnyDimension(own, configuration, 0, nnunet_folders.dataset_json(), torch.device("cpu"))
+        trainer.initialize()
+        batch = random_batch(trainer)
+        assert np.isfinite(trainer.train_step(batch)["loss"])
+        assert [tuple(output.shape[2:]) for output in trainer.network(batch["data"])] == [
+            tuple(target.shape[2:]) for target in batch["target"]
+        ]
+        assert isinstance(trainer.network, SlabNetwork) is (configuration == "2.5d")
+        assert isinstance(trainer.optimizer, torch.optim.SGD)
 
 
 def test_stopping_a_command_is_an_error_for_library_users():

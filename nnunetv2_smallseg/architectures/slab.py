@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nnunetv2_smallseg.architectures.segmentation_network import SegmentationNetwork
-
 __all__ = ["SlabNetwork"]
 
 
@@ -18,18 +16,12 @@ class SlabNetwork(nn.Module):
     """Folds slices into channels, runs a 2D network, unfolds its outputs.
 
     Args:
-        network: A 2D network with C * S input channels and K * S classes.
+        network: A 2D network with C * S input channels and K * S classes: one of ours, or nnU-Net's own.
         num_slices: Slices S of a slab.
-
-    Raises:
-        ValueError: If the channels or classes of ``network`` are no multiples of ``num_slices``.
     """
 
-    def __init__(self, network: SegmentationNetwork, num_slices: int) -> None:
+    def __init__(self, network: nn.Module, num_slices: int) -> None:
         super().__init__()
-        for name, value in (("input_channels", network.input_channels), ("num_classes", network.num_classes)):
-            if num_slices < 1 or value % num_slices:
-                raise ValueError(f"{name} of the 2D network is {value}, but must be a multiple of {num_slices} slices")
         self.network = network
         self.num_slices = num_slices
 
@@ -46,7 +38,8 @@ class SlabNetwork(nn.Module):
         Returns:
             Logits (B, K, S, H, W); with deep supervision a list of (B, K, S, h, w), largest first.
         Raises:
-            ValueError: If ``slab`` has another number of axes or slices.
+            ValueError: If ``slab`` has another number of axes or slices, or the classes of the 2D network are no
+                multiple of the slices.
         """
         if slab.ndim != 5 or slab.shape[2] != self.num_slices:
             raise ValueError(
@@ -59,6 +52,10 @@ class SlabNetwork(nn.Module):
         return self._unfold(outputs)
 
     def _unfold(self, output: torch.Tensor) -> torch.Tensor:
+        if output.shape[1] % self.num_slices:
+            raise ValueError(
+                f"the 2D network has {output.shape[1]} classes, but must have a multiple of {self.num_slices} slices"
+            )
         return output.unflatten(1, (-1, self.num_slices))  # (B, K*S, h, w) -> (B, K, S, h, w)
 
     def encoder_parameters(self):

@@ -18,12 +18,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def trainer_rows() -> list[dict]:
-    """One dictionary a trainer: name, network, system, paper, parameters, weights, description."""
+    """One dictionary a trainer: name, network, system, paper, parameters, weights, description.
+
+    Network and parameters are None where the plans decide: trainers of nnU-Net's own network.
+    """
     rows = []
     for system in registry.SYSTEMS:
         parameters = {network.name: network.parameters for network in system.networks}
         for trainer in system.trainers:
-            (channels, classes), count = next(iter(parameters[trainer.network].items()))
+            size = next(iter(parameters[trainer.network].items())) if trainer.network else None
             rows.append(
                 {
                     "name": trainer.name,
@@ -31,8 +34,8 @@ def trainer_rows() -> list[dict]:
                     "system": system.name,
                     "paper": f"{system.paper.title}, {system.paper.venue}",
                     "paper_url": system.paper.url,
-                    "parameters": count,
-                    "parameters_for": {"input_channels": channels, "num_classes": classes},
+                    "parameters": size and size[1],
+                    "parameters_for": size and {"input_channels": size[0][0], "num_classes": size[0][1]},
                     "weights": trainer.weights,
                     "description": trainer.description,
                 }
@@ -48,8 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     print(f"{'trainer':<34} {'network':<14} {'parameters':>11}  {'weights':<22} description")
     for row in rows:
-        weights = row["weights"] or "-"
-        print(f"{row['name']:<34} {row['network']:<14} {row['parameters']:>11,}  {weights:<22} {row['description']}")
+        network = row["network"] or "of the plans"
+        parameters = f"{row['parameters']:,}" if row["parameters"] else "-"
+        print(f"{row['name']:<34} {network:<14} {parameters:>11}  {row['weights'] or '-':<22} {row['description']}")
     print()
     for system in registry.SYSTEMS:
         print(f"{system.name}: {system.paper.title}, {system.paper.venue}, {system.paper.url}")

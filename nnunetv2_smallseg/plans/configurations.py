@@ -6,14 +6,17 @@ shared, the preprocessed data included. The spacing tells it from nnU-Net's 3D c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from nnunetv2_smallseg.errors import SmallSegError, UsageError
 
 __all__ = [
+    "NETWORK_OPTIONS_KEY",
     "SCHEDULE",
     "TRAINING_KEY",
     "check_num_slices",
+    "is_volume",
+    "network_options",
     "num_slices",
     "resolve",
     "slab_configuration",
@@ -22,6 +25,8 @@ __all__ = [
 
 # Optional part of a configuration with the schedule our trainers follow; nnU-Net's own trainers ignore it.
 TRAINING_KEY = "training"
+# Optional part of a configuration: constructor options of our networks, by class name.
+NETWORK_OPTIONS_KEY = "network_options"
 SCHEDULE = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
 
 
@@ -69,6 +74,11 @@ def resolve(plans: Mapping, name: str) -> dict:
     return configuration if parent is None else {**resolve(plans, parent), **configuration}
 
 
+def is_volume(configuration: Mapping) -> bool:
+    """Whether a configuration, with inheritance resolved, is one of nnU-Net's 3D configurations."""
+    return len(configuration["spacing"]) == 3
+
+
 def num_slices(configuration: Mapping, name: str) -> int:
     """How many slices a patch of this configuration has.
 
@@ -80,10 +90,10 @@ def num_slices(configuration: Mapping, name: str) -> int:
     Raises:
         SmallSegError: If it is a 3D configuration, or a slab with an even number of slices.
     """
-    patch_size, spacing = configuration["patch_size"], configuration["spacing"]
-    if len(spacing) == 3:
+    patch_size = configuration["patch_size"]
+    if is_volume(configuration):
         raise SmallSegError(
-            f"the configuration {name!r} is three-dimensional (patch {list(patch_size)}), but this trainer's network "
+            f"the configuration {name!r} is three-dimensional (patch {list(patch_size)}), but this trainer "
             "works on slices: use 2d, or 2.5d from plans written by smallseg plan -d DATASET"
         )
     if len(patch_size) == 2:
@@ -109,3 +119,26 @@ def training_schedule(configuration: Mapping, name: str) -> dict[str, int]:
                 f"for {', '.join(SCHEDULE)} may stand there: write it with smallseg plan -num_epochs N"
             )
     return dict(schedule)
+
+
+def network_options(configuration: Mapping, network: str, configurable: Iterable[str]) -> dict:
+    """The constructor options a configuration holds for one of our networks.
+
+    Args:
+        configuration: A configuration with inheritance resolved.
+        network: Class name of the network.
+        configurable: Names of the options the network has.
+    Returns:
+        Keyword arguments for the constructor; none if the configuration says nothing about this network.
+    Raises:
+        SmallSegError: If the network has no option of a name given.
+    """
+    options = dict(configuration.get(NETWORK_OPTIONS_KEY, {}).get(network, {}))
+    known = sorted(configurable)
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise SmallSegError(
+            f"the plans have {NETWORK_OPTIONS_KEY!r} for {network} that it does not know: {', '.join(unknown)}. Its "
+            f"options are {', '.join(known)}; correct the plans file."
+        )
+    return options
