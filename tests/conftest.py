@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Read by OpenMP when torch is imported. Threads that wait actively slow each other down by an order of magnitude as
 # soon as another process, such as nnU-Net's data loader, needs one of their cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read by nnU-Net when it is imported: how many processes validation starts.
+os.environ.setdefault("nnUNet_def_n_proc", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run beside each other: one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
