@@ -16,16 +16,21 @@ from nnunetv2_smallseg import registry
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def measured_sizes() -> dict:
+    """Parameters and multiply-adds of every network, by name."""
+    return json.loads((ROOT / "benchmarks" / "results" / "network_size.json").read_text())["networks"]
+
+
 def trainers_table() -> str:
     """All trainers with network, parameters, weights and paper."""
-    lines = ["| trainer | network | parameters | weights | start | paper |", "|---|---|---|---|---|---|"]
+    sizes = measured_sizes()
+    lines = ["| trainer | network | parameters | weights | what is special | paper |", "|---|---|---|---|---|---|"]
     for system in registry.SYSTEMS:
-        counts = {network.name: next(iter(network.parameters.values())) for network in system.networks}
         paper = f"[{system.name}, {system.paper.venue}]({system.paper.url})"
         for trainer in system.trainers:
             weights = f"`{trainer.weights}`" if trainer.weights else "none"
-            network = f"`{trainer.network}`" if trainer.network else "of the plans"
-            parameters = f"{counts[trainer.network] / 1e6:.1f} M" if trainer.network else "of the plans"
+            network = f"`{trainer.network}`" if trainer.network else "nnU-Net's own"
+            parameters = f"{sizes[trainer.network]['parameters'] / 1e6:.1f} M" if trainer.network else "by plan"
             lines.append(
                 f"| `{trainer.name}` | {network} | {parameters} | {weights} | {trainer.description} | {paper} |"
             )
@@ -33,18 +38,28 @@ def trainers_table() -> str:
 
 
 def networks_table() -> str:
-    """All networks with measured size."""
-    measured = json.loads((ROOT / "benchmarks" / "results" / "network_size.json").read_text())["networks"]
+    """All networks with measured size and trainers."""
+    sizes = measured_sizes()
     lines = [
-        "| network | what | parameters | multiply-adds | stride | outputs at strides |",
-        "|---|---|---|---|---|---|",
+        "| network | what | parameters | multiply-adds | stride | outputs at strides | trainers |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, network in registry.networks().items():
         strides = ", ".join(str(stride) for stride in network.deep_supervision_strides)
+        trainers = ", ".join(f"`{trainer.name}`" for trainer in registry.trainers().values() if trainer.network == name)
         lines.append(
-            f"| `{name}` | {network.description} | {measured[name]['parameters']:,} | "
-            f"{measured[name]['multiply_adds'] / 1e9:.1f} G | {network.stride} | {strides} |"
+            f"| `{name}` | {network.description} | {sizes[name]['parameters']:,} | "
+            f"{sizes[name]['multiply_adds'] / 1e9:.1f} G | {network.stride} | {strides} | {trainers} |"
         )
+    return "\n".join(lines)
+
+
+def published_sizes_table() -> str:
+    """The parameter counts that tests compare with the papers or specifications."""
+    lines = ["| network | input channels | classes | parameters |", "|---|---|---|---|"]
+    for name, network in registry.networks().items():
+        for (channels, classes), count in network.parameters.items():
+            lines.append(f"| `{name}` | {channels} | {classes} | {count:,} |")
     return "\n".join(lines)
 
 
@@ -87,11 +102,12 @@ def first_runs_tables() -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {
-    "README.md": ("trainers", trainers_table),
-    "docs/networks.md": ("networks", networks_table),
-    "docs/first_runs.md": ("first runs", first_runs_tables),
-}
+TABLES = (
+    ("README.md", "trainers", trainers_table),
+    ("docs/networks.md", "networks", networks_table),
+    ("docs/networks.md", "published sizes", published_sizes_table),
+    ("docs/first_runs.md", "first runs", first_runs_tables),
+)
 
 
 def main() -> int:
@@ -100,17 +116,17 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is out of date")
     check = parser.parse_args().check
     outdated = []
-    for file, (name, table) in TABLES.items():
+    for file, name, table in TABLES:
         path = ROOT / file
         text = path.read_text()
         pattern = re.compile(rf"(<!-- table: {name} [^\n]*-->\n).*?(<!-- end of table -->)", re.DOTALL)
         updated = pattern.sub(lambda match, table=table: match[1] + table() + "\n" + match[2], text)
         if updated != text:
-            outdated.append(file)
+            outdated.append(f"{file}, table {name}")
             if not check:
                 path.write_text(updated)
-    for file in outdated:
-        print(f"{file}: {'out of date; run python scripts/write_tables.py' if check else 'written'}")
+    for entry in outdated:
+        print(f"{entry}: {'out of date; run python scripts/write_tables.py' if check else 'written'}")
     return 1 if check and outdated else 0
 
 
