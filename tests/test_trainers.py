@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,6 +200,28 @@ def test_regions_and_ignore_label(name, nnunet_folders, without_weight_file):
     batch = random_batch(trainer)
     for target in batch["target"] if trainer.enable_deep_supervision else [batch["target"]]:
         target[..., 0] = 2
+    assert np.isfinite(trainer.train_step(batch)["loss"])
+
+
+@every_trainer
+@every_configuration
+def test_cascade_input(name, configuration, nnunet_folders, without_weight_file):
+    """The segmentation of an earlier stage arrives as further channels, one for each label."""
+    plans = nnunet_folders.plans()
+    plans["configurations"]["cascade"] = {"inherits_from": configuration, "previous_stage": "2d"}
+    trainer = make(name, nnunet_folders, "cascade", plans)
+    folder = Path(trainer.folder_with_segs_from_previous_stage)
+    folder.mkdir(parents=True)
+    trainer.initialize()
+    dataset, _ = trainer.get_tr_and_val_datasets()
+    for key in sorted({case for split in trainer.do_split() for case in split}):
+        segmentation = type(dataset)(trainer.preprocessed_dataset_folder, [key]).load_case(key)[1]
+        type(dataset).save_seg(np.asarray(segmentation)[0], str(folder / key))
+    assert trainer.num_input_channels == 2
+    training, _ = trainer.get_dataloaders()
+    batch = next(training)
+    assert batch["data"].shape[1] == 2
+    assert set(batch["data"][:, 1].unique().tolist()) <= {0.0, 1.0}
     assert np.isfinite(trainer.train_step(batch)["loss"])
 
 
