@@ -137,6 +137,70 @@ SYSTEMS: tuple[System, ...] = (
             ),
         ),
     ),
+    System(
+        name="Mamba-AHNet",
+        paper=Paper(
+            title=(
+                "Optimizing Universal Lesion Segmentation: State Space Model-Guided Hierarchical Networks with Feature "
+                "Importance Adjustment"
+            ),
+            venue="arXiv 2024",
+            url="https://arxiv.org/abs/2404.17235",
+        ),
+        networks=(
+            Network(
+                name="HUNet",
+                module="nnunetv2_smallseg.architectures.mamba_ahnet",
+                stride=16,
+                deep_supervision_strides=(1, 2, 4, 8),
+                parameters={(1, 2): 6_979_560, (3, 2): 6_980_136, (1, 3): 6_980_044},
+                description="U-Net with a head at every decoder level: the base line of Mamba-AHNet",
+                reference="mamba_ahnet",
+                small={"base_channels": 8},
+            ),
+            Network(
+                name="AHNet",
+                module="nnunetv2_smallseg.architectures.mamba_ahnet",
+                stride=16,
+                deep_supervision_strides=(1, 2, 4, 8),
+                parameters={(1, 2): 8_636_448, (3, 2): 8_637_024, (1, 3): 8_636_932},
+                description="HUNet with attention gates and residual blocks (not MONAI's AHNet)",
+                reference="mamba_ahnet",
+                small={"base_channels": 8},
+            ),
+            Network(
+                name="AHNetRecon",
+                module="nnunetv2_smallseg.architectures.mamba_ahnet",
+                stride=16,
+                deep_supervision_strides=(1, 2, 4, 8),
+                parameters={(1, 2): 9_951_079, (3, 2): 9_951_945, (1, 3): 9_951_563},
+                description="AHNet that also reconstructs the image in training",
+                reference="mamba_ahnet",
+                small={"base_channels": 8},
+            ),
+            Network(
+                name="MambaAHNet",
+                module="nnunetv2_smallseg.architectures.mamba_ahnet",
+                stride=16,
+                deep_supervision_strides=(1, 2, 4, 8),
+                parameters={(1, 2): 9_517_216, (3, 2): 9_517_792, (1, 3): 9_517_700},
+                description="AHNet with visual state space layers in the decoder",
+                reference="mamba_ahnet",
+                small={"base_channels": 8},
+            ),
+            Network(
+                name="MambaAHNetRecon",
+                module="nnunetv2_smallseg.architectures.mamba_ahnet",
+                stride=16,
+                deep_supervision_strides=(1, 2, 4, 8),
+                parameters={(1, 2): 10_831_847, (3, 2): 10_832_713, (1, 3): 10_832_331},
+                description="Mamba-AHNet that also reconstructs the image in training",
+                reference="mamba_ahnet",
+                small={"base_channels": 8},
+            ),
+        ),
+        trainers=(),
+    ),
 )
 
 

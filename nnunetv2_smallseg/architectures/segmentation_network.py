@@ -66,16 +66,21 @@ class SegmentationNetwork(nn.Module, ABC):
         Raises:
             ValueError: If ``image`` has another number of axes or channels.
         """
+        return self.crop_outputs(self.forward_padded(self.pad_image(image)), image)
+
+    def pad_image(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, C, H', W') with H' and W' multiples of the stride; ``ValueError`` as in ``forward``."""
         if image.ndim != 4 or image.shape[1] != self.input_channels:
             raise ValueError(
                 f"{type(self).__name__} got an input of shape {tuple(image.shape)}, but reads (batch, "
                 f"{self.input_channels}, height, width)"
             )
-        padded = pad_to_multiple(image, self.stride)
-        outputs = self.forward_padded(padded)
-        if padded is not image:
-            strides = self.deep_supervision_strides[: len(outputs)]
-            outputs = crop_to_input(outputs, (image.shape[-2], image.shape[-1]), strides)
+        return pad_to_multiple(image, self.stride)
+
+    def crop_outputs(self, outputs: list[torch.Tensor], image: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """Outputs of ``forward_padded`` -> what ``forward`` returns for the unpadded ``image``."""
+        strides = self.deep_supervision_strides[: len(outputs)]
+        outputs = crop_to_input(outputs, (image.shape[-2], image.shape[-1]), strides)
         return outputs if self.deep_supervision else outputs[0]
 
     def no_weight_decay(self) -> set[str]:

@@ -30,13 +30,14 @@ class SlabNetwork(nn.Module):
         """The decoder of the 2D network, whose ``deep_supervision`` nnU-Net sets."""
         return self.network.decoder
 
-    def forward(self, slab: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+    def forward(self, slab: torch.Tensor) -> torch.Tensor | list[torch.Tensor] | tuple:
         """Segments all slices of a slab.
 
         Args:
             slab: (B, C, S, H, W).
         Returns:
-            Logits (B, K, S, H, W); with deep supervision a list of (B, K, S, h, w), largest first.
+            Logits (B, K, S, H, W); with deep supervision a list of (B, K, S, h, w), largest first. If the 2D network
+            returns a pair of these and an image (B, C*S, H, W), so does this one, the image as (B, C, S, H, W).
         Raises:
             ValueError: If ``slab`` has another number of axes or slices, or the classes of the 2D network are no
                 multiple of the slices.
@@ -46,17 +47,19 @@ class SlabNetwork(nn.Module):
                 f"the slab has shape {tuple(slab.shape)}, but must be (batch, channels, {self.num_slices}, height, "
                 "width)"
             )
-        outputs = self.network(slab.flatten(1, 2))  # (B, C, S, H, W) -> (B, C*S, H, W)
-        if isinstance(outputs, list):
-            return [self._unfold(output) for output in outputs]
-        return self._unfold(outputs)
+        return self._unfold(self.network(slab.flatten(1, 2)))  # (B, C, S, H, W) -> (B, C*S, H, W)
 
-    def _unfold(self, output: torch.Tensor) -> torch.Tensor:
+    def _unfold(self, output: torch.Tensor | list | tuple) -> torch.Tensor | list | tuple:
+        """(B, K*S, h, w) -> (B, K, S, h, w), in lists and tuples too."""
+        if isinstance(output, list):
+            return [self._unfold(part) for part in output]
+        if isinstance(output, tuple):
+            return tuple([self._unfold(part) for part in output])
         if output.shape[1] % self.num_slices:
             raise ValueError(
                 f"the 2D network has {output.shape[1]} classes, but must have a multiple of {self.num_slices} slices"
             )
-        return output.unflatten(1, (-1, self.num_slices))  # (B, K*S, h, w) -> (B, K, S, h, w)
+        return output.unflatten(1, (-1, self.num_slices))
 
     def encoder_parameters(self):
         """See ``SegmentationNetwork.encoder_parameters``."""
