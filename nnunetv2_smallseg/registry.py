@@ -199,7 +199,38 @@ SYSTEMS: tuple[System, ...] = (
                 small={"base_channels": 8},
             ),
         ),
-        trainers=(),
+        trainers=(
+            Trainer(
+                name="nnUNetTrainerHUNet",
+                network="HUNet",
+                weights=None,
+                description="Random start, the base line without gates and residual blocks",
+            ),
+            Trainer(
+                name="nnUNetTrainerAHNet",
+                network="AHNet",
+                weights=None,
+                description="Random start",
+            ),
+            Trainer(
+                name="nnUNetTrainerAHNetRecon",
+                network="AHNetRecon",
+                weights=None,
+                description="Random start, loss of a reconstruction with weight 0.1",
+            ),
+            Trainer(
+                name="nnUNetTrainerMambaAHNet",
+                network="MambaAHNet",
+                weights=None,
+                description="Random start",
+            ),
+            Trainer(
+                name="nnUNetTrainerMambaAHNetRecon",
+                network="MambaAHNetRecon",
+                weights=None,
+                description="Random start, loss of a reconstruction with weight 0.1",
+            ),
+        ),
     ),
 )
 

@@ -33,7 +33,7 @@ def imports_without(missing: str, modules: list[str]) -> None:
 
 
 def test_networks_and_operators_do_not_need_nnunet():
-    modules = modules_below("architectures", "ops")
+    modules = modules_below("architectures", "losses", "ops")
     assert "nnunetv2_smallseg.architectures.swin_umamba" in modules
     imports_without("nnunetv2", modules)
 

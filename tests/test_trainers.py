@@ -133,6 +133,7 @@ def test_a_step_lowers_the_loss_and_validation_runs(name, configuration, nnunet_
 def test_data_loader_gives_targets_of_the_outputs_size(name, configuration, nnunet_folders, without_weight_file):
     trainer = make(name, nnunet_folders, configuration)
     trainer.initialize()
+    trainer.network.eval()  # in training mode some return a reconstruction of the image, too
     loaders = trainer.get_dataloaders()
     with torch.no_grad():
         for loader in loaders:

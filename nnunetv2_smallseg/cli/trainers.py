@@ -49,11 +49,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return 0
-    print(f"{'trainer':<34} {'network':<14} {'parameters':>11}  {'weights':<22} description")
+    print(f"{'trainer':<34} {'network':<16} {'parameters':>11}  {'weights':<22} description")
     for row in rows:
         network = row["network"] or "of the plans"
         parameters = f"{row['parameters']:,}" if row["parameters"] else "-"
-        print(f"{row['name']:<34} {network:<14} {parameters:>11}  {row['weights'] or '-':<22} {row['description']}")
+        print(f"{row['name']:<34} {network:<16} {parameters:>11}  {row['weights'] or '-':<22} {row['description']}")
     print()
     for system in registry.SYSTEMS:
         print(f"{system.name}: {system.paper.title}, {system.paper.venue}, {system.paper.url}")

@@ -1,6 +1,11 @@
 """The one file nnU-Net imports from ``nnUNet_extTrainer``: our trainers by name, from the installed package."""
 
 from nnunetv2_smallseg.trainers import (
+    nnUNetTrainerAHNet,
+    nnUNetTrainerAHNetRecon,
+    nnUNetTrainerHUNet,
+    nnUNetTrainerMambaAHNet,
+    nnUNetTrainerMambaAHNetRecon,
     nnUNetTrainerSwinUMamba,
     nnUNetTrainerSwinUMambaD,
     nnUNetTrainerSwinUMambaDScratch,
@@ -8,6 +13,11 @@ from nnunetv2_smallseg.trainers import (
 )
 
 __all__ = [
+    "nnUNetTrainerAHNet",
+    "nnUNetTrainerAHNetRecon",
+    "nnUNetTrainerHUNet",
+    "nnUNetTrainerMambaAHNet",
+    "nnUNetTrainerMambaAHNetRecon",
     "nnUNetTrainerSwinUMamba",
     "nnUNetTrainerSwinUMambaD",
     "nnUNetTrainerSwinUMambaDScratch",

@@ -1,5 +1,12 @@
 """Trainers for ``nnUNetv2_train -tr``; all are importable from here."""
 
+from nnunetv2_smallseg.trainers.mamba_ahnet import (
+    nnUNetTrainerAHNet,
+    nnUNetTrainerAHNetRecon,
+    nnUNetTrainerHUNet,
+    nnUNetTrainerMambaAHNet,
+    nnUNetTrainerMambaAHNetRecon,
+)
 from nnunetv2_smallseg.trainers.swin_umamba import (
     nnUNetTrainerSwinUMamba,
     nnUNetTrainerSwinUMambaD,
@@ -8,6 +15,11 @@ from nnunetv2_smallseg.trainers.swin_umamba import (
 )
 
 __all__ = [
+    "nnUNetTrainerAHNet",
+    "nnUNetTrainerAHNetRecon",
+    "nnUNetTrainerHUNet",
+    "nnUNetTrainerMambaAHNet",
+    "nnUNetTrainerMambaAHNetRecon",
     "nnUNetTrainerSwinUMamba",
     "nnUNetTrainerSwinUMambaD",
     "nnUNetTrainerSwinUMambaDScratch",
