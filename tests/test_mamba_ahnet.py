@@ -59,7 +59,7 @@ def build(network_class, channels: int = 1, classes: int = 2, **options) -> nn.M
 
 @every_row
 def test_rows_are_switches_of_one_network(network_class):
-    [expected] = [count for key, count in registry.network(network_class.__name__).parameters.items() if key == (1, 2)]
+    expected = registry.network(network_class.__name__).parameters[1, 2]
     assert number_of_parameters(network_class) == number_of_parameters(**ROWS[network_class]) == expected
 
 

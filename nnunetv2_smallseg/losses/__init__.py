@@ -1,1 +1,1 @@
-"""Losses that nnU-Net does not have."""
+"""Losses in plain PyTorch; nothing here needs nnunetv2."""

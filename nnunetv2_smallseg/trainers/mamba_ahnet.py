@@ -72,7 +72,7 @@ class ReconstructionTrainer(MambaAHNetFamilyTrainer):
 
     def train_step(self, batch: dict) -> dict:
         """nnU-Net's step; its result holds the ``reconstruction_error`` too, in training mode."""
-        if not (self.reconstructs and self.network.training):
+        if not (self.reconstructs and self.planar_network.training):
             return super().train_step(batch)
         image = batch["data"].to(self.device, non_blocking=True)
         with self.loss.for_image(image):
