@@ -29,9 +29,9 @@ from nnunetv2_smallseg.losses.reconstruction import SegmentationAndReconstructio
 ROWS = {
     HUNet: {"gate": False, "residual": False, "mamba": False},
     AHNet: {"mamba": False},
-    AHNetRecon: {"mamba": False, "reconstruction_weight": 0.1},
+    AHNetRecon: {"mamba": False, "reconstruction": True},
     MambaAHNet: {},
-    MambaAHNetRecon: {"reconstruction_weight": 0.1},
+    MambaAHNetRecon: {"reconstruction": True},
 }
 SMALL = {"base_channels": 8, "state_size": 4}
 every_row = pytest.mark.parametrize("network_class", ROWS, ids=lambda network_class: network_class.__name__)

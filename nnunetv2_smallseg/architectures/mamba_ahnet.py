@@ -26,14 +26,13 @@ from torch import nn
 from torch.nn import functional
 
 from nnunetv2_smallseg.architectures.blocks.batch_norm import GuardedBatchNorm2d
-from nnunetv2_smallseg.architectures.blocks.checkpointing import checkpoint_module
+from nnunetv2_smallseg.architectures.blocks.checkpointing import checkpointed
 from nnunetv2_smallseg.architectures.blocks.vss import SS2D
 from nnunetv2_smallseg.architectures.segmentation_network import SegmentationNetwork
 
 __all__ = ["AHNet", "AHNetRecon", "HUNet", "MambaAHNet", "MambaAHNetRecon"]
 
 NUM_LEVELS = 5
-RECONSTRUCTION_WEIGHT = 0.1
 
 
 def convolution(input_channels: int, output_channels: int, kernel_size: int) -> nn.Sequential:
@@ -186,7 +185,7 @@ class LevelStack(nn.Module):
 
     def run_level(self, level: nn.Module, *inputs: torch.Tensor | None) -> torch.Tensor:
         """Runs one of the levels."""
-        return checkpoint_module(level, *inputs) if self.grad_checkpointing and self.training else level(*inputs)
+        return checkpointed(level, *inputs) if self.grad_checkpointing and self.training else level(*inputs)
 
 
 class Encoder(LevelStack):
@@ -295,8 +294,9 @@ class MambaAHNet(SegmentationNetwork):
         gate: Attention gates in the decoders.
         residual: Residual blocks in the decoders.
         mamba: VM layers in the segmentation decoder.
+        reconstruction: A branch that reconstructs the image, in training mode only.
         reconstruction_weight: Weight (beta) that the loss gives to the reconstruction; trainers read it from here. 0
-            builds no reconstruction branch.
+            builds no branch.
         base_channels: Channels at full resolution, an even number; they double from level to level.
         vm_full_resolution: A VM layer at full resolution too; it would take most of the time of all scans.
         state_size: States N of the selective scans.
@@ -317,7 +317,8 @@ class MambaAHNet(SegmentationNetwork):
         gate: bool = True,
         residual: bool = True,
         mamba: bool = True,
-        reconstruction_weight: float = 0.0,
+        reconstruction: bool = False,
+        reconstruction_weight: float = 0.1,
         base_channels: int = 32,
         vm_full_resolution: bool = False,
         state_size: int = 16,
@@ -344,7 +345,7 @@ class MambaAHNet(SegmentationNetwork):
         self.reconstruction_weight = reconstruction_weight
         self.reconstruction = (
             ReconstructionDecoder(input_channels, widths, gate=gate, residual=residual)
-            if reconstruction_weight
+            if reconstruction and reconstruction_weight
             else None
         )
 
@@ -391,10 +392,10 @@ class AHNet(MambaAHNet):
 class AHNetRecon(MambaAHNet):
     """AHNet with the reconstruction branch. Arguments as for ``MambaAHNet``."""
 
-    __init__ = partialmethod(MambaAHNet.__init__, mamba=False, reconstruction_weight=RECONSTRUCTION_WEIGHT)
+    __init__ = partialmethod(MambaAHNet.__init__, mamba=False, reconstruction=True)
 
 
 class MambaAHNetRecon(MambaAHNet):
     """Mamba-AHNet with the reconstruction branch. Arguments as for ``MambaAHNet``."""
 
-    __init__ = partialmethod(MambaAHNet.__init__, reconstruction_weight=RECONSTRUCTION_WEIGHT)
+    __init__ = partialmethod(MambaAHNet.__init__, reconstruction=True)

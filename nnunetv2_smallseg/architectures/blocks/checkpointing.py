@@ -1,43 +1,50 @@
-"""Activation checkpointing for modules with batch normalisation."""
-
-from __future__ import annotations
+"""Activation checkpointing of modules with batch normalisation."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["checkpoint_module"]
+__all__ = ["checkpointed"]
+
+
+def checkpointed(module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    """Runs ``module`` without keeping its activations; the backward pass computes them again.
+
+    Random draws from torch's generators are the same both times. The second pass leaves running statistics of batch
+    normalisations as they are, which otherwise would move twice a step. They do in compiled code: ``torch.compile``
+    does not trace foreign context managers around the second pass.
+
+    Args:
+        module: Called with ``inputs``.
+        inputs: Tensors.
+    Returns:
+        The output of ``module``.
+    """
+    if torch.compiler.is_compiling():
+        return checkpoint(module, *inputs, use_reentrant=False)
+
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), _statistics_left_alone(module)
+
+    return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 @contextmanager
-def running_statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Lets batch normalisation use the statistics of its batch without updating the running ones."""
-    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
+def _statistics_left_alone(module: nn.Module) -> Iterator[None]:
+    """Batch normalisations in training mode use the batch's statistics without recording them.
+
+    Momentum 0 does that with the same operator as in the first pass, which has to save the same tensors.
+    """
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, _, counter in kept:
+        norm.momentum, norm.num_batches_tracked = 0.0, counter.clone()
     try:
         yield
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-
-
-def checkpoint_module(module: nn.Module, *inputs: torch.Tensor | None) -> torch.Tensor:
-    """Calls ``module``, keeping only its inputs; what lies between is computed again in the backward pass.
-
-    ``torch.utils.checkpoint`` alone would update running statistics twice in every step.
-
-    Args:
-        module: Any module.
-        inputs: What it is called with.
-    Returns:
-        What it returns.
-    """
-    return checkpoint(
-        module, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), running_statistics_kept(module))
-    )
+        for norm, momentum, counter in kept:
+            norm.momentum, norm.num_batches_tracked = momentum, counter
