@@ -21,6 +21,7 @@ class SegmentationNetwork(nn.Module, ABC):
 
     Attributes:
         stride: Height and width are padded to a multiple of this.
+        min_size: Height and width are padded to at least this, a multiple of the stride.
         deep_supervision_strides: Stride of each output with deep supervision on, largest output first.
 
     Raises:
@@ -28,6 +29,7 @@ class SegmentationNetwork(nn.Module, ABC):
     """
 
     stride: int
+    min_size: int = 0
     deep_supervision_strides: tuple[int, ...]
 
     def __init__(self, input_channels: int, num_classes: int) -> None:
@@ -71,7 +73,7 @@ class SegmentationNetwork(nn.Module, ABC):
                 f"{type(self).__name__} got an input of shape {tuple(image.shape)}, but reads (batch, "
                 f"{self.input_channels}, height, width)"
             )
-        padded = pad_to_multiple(image, self.stride)
+        padded = pad_to_multiple(image, self.stride, self.min_size)
         outputs = self.forward_padded(padded)
         if padded is not image:
             strides = self.deep_supervision_strides[: len(outputs)]
