@@ -70,7 +70,8 @@ class EnCFBlock(nn.Module):
         hidden = max(8, width // reduction)
         self.reduce = nn.Linear(width, hidden)
         self.restore = nn.Linear(hidden, width)
-        nn.init.zeros_(self.reduce.bias)
+        # The averages are small at first: with zero here, all hidden units of a block can be silent on every image.
+        nn.init.constant_(self.reduce.bias, 0.1)
         nn.init.zeros_(self.restore.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -189,7 +190,7 @@ class S3Mamba(SegmentationNetwork):
         input_channels: Channels C of the image.
         num_classes: Channels K of the outputs; with regions, the number of regions.
         deep_supervision: Return a list of five outputs instead of one.
-        preset: Size of the network, a key of ``PRESETS``.
+        preset: Size of the network, a key of ``PRESETS``; by default the class's own, ``default_preset``.
         use_encf: Channel attention in every block.
         use_tcma: Tensor attention after every decoder stage.
         use_dwconv: Depthwise convolution in every block, which the paper removes.
@@ -208,6 +209,7 @@ class S3Mamba(SegmentationNetwork):
     stride = 32
     min_size = 64  # four values a channel at the lowest resolution, for the batch norms of TCMA at batch size 1
     deep_supervision_strides = (1, 4, 8, 16, 32)
+    default_preset = "s3mamba"
 
     def __init__(
         self,
@@ -215,7 +217,7 @@ class S3Mamba(SegmentationNetwork):
         num_classes: int,
         deep_supervision: bool = True,
         *,
-        preset: str = "s3mamba",
+        preset: str | None = None,
         use_encf: bool = True,
         use_tcma: bool = True,
         use_dwconv: bool = False,
@@ -227,6 +229,7 @@ class S3Mamba(SegmentationNetwork):
         state_size: int = 16,
     ) -> None:
         super().__init__(input_channels, num_classes)
+        preset = preset or self.default_preset
         if preset not in PRESETS:
             raise ValueError(f"there is no preset '{preset}'; presets are {', '.join(PRESETS)}")
         widths = widths or PRESETS[preset].widths
@@ -283,23 +286,6 @@ class S3Mamba(SegmentationNetwork):
 
 
 class S3MambaSmall(S3Mamba):
-    """S³-Mamba of 4.6 million parameters, the paper's number read literally.
+    """S³-Mamba of 4.6 million parameters, the paper's number read literally: same arguments, other default preset."""
 
-    Args:
-        input_channels: Channels C of the image.
-        num_classes: Channels K of the outputs.
-        deep_supervision: Return a list of five outputs instead of one.
-        preset: Size of the network.
-        options: Keywords of ``S3Mamba``.
-    """
-
-    def __init__(
-        self,
-        input_channels: int,
-        num_classes: int,
-        deep_supervision: bool = True,
-        *,
-        preset: str = "s3mamba_small",
-        **options,
-    ) -> None:
-        super().__init__(input_channels, num_classes, deep_supervision, preset=preset, **options)
+    default_preset = "s3mamba_small"

@@ -21,6 +21,7 @@ matrix products a patch do the rest, (K x d²)(d² x CE) and (K x CE)(CE x d²).
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -29,6 +30,12 @@ from torch.nn import functional
 from nnunetv2_smallseg.architectures.blocks.batch_norm import GuardedBatchNorm2d
 
 __all__ = ["TCMA", "InputPyramid", "SobelMagnitude", "TCMALevel", "TensorAttention"]
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Switches autocast off on ``device``; nothing on devices that have none, as "meta"."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 class SobelMagnitude(nn.Module):
@@ -82,7 +89,7 @@ class InputPyramid(nn.Module):
 
     def forward(self, image: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(B, input_channels, H, W) -> (O, E) a level, (B, C, H / stride, W / stride) and (B, E, ...), values >= 0."""
-        with torch.autocast(image.device.type, enabled=False):
+        with without_autocast(image.device):
             image = image.to(self.sobel.kernels.dtype)
             image_features, edge_features = self.image_embedding(image), self.edge_embedding(self.sobel(image))
             levels = []
@@ -205,7 +212,7 @@ class TCMALevel(nn.Module):
             ``decoded`` modulated, in its shape and type, and the auxiliary logits (1 + A) M, (B, K, h, w).
         """
         dtype = self.back.weight.dtype
-        with torch.autocast(decoded.device.type, enabled=False):
+        with without_autocast(decoded.device):
             probabilities = self.encoder_classes(skip.to(dtype).permute(0, 3, 1, 2)).sigmoid()
             classes = self.decoder_classes(decoded.to(dtype).permute(0, 3, 1, 2))
             modulated = self.attention(image_features, probabilities, edge_features) * classes
