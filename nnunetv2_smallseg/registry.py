@@ -172,7 +172,20 @@ SYSTEMS: tuple[System, ...] = (
                 small={"widths": (16, 32, 64, 128), "depths": (1, 1, 1, 1), "decoder_depths": (1, 1, 1, 1)},
             ),
         ),
-        trainers=(),
+        trainers=(
+            Trainer(
+                name="nnUNetTrainerS3MambaNoCurriculum",
+                network="S3Mamba",
+                weights=None,
+                description="Random start, all cases weighted alike",
+            ),
+            Trainer(
+                name="nnUNetTrainerS3MambaPretrained",
+                network="S3Mamba",
+                weights="vmamba_small_imagenet",
+                description="ImageNet weights, all cases weighted alike",
+            ),
+        ),
     ),
 )
 

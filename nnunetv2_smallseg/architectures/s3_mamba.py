@@ -271,7 +271,7 @@ class S3Mamba(SegmentationNetwork):
         return self.decoder(image, [skip for skip, _ in stages], stages[-1][1])
 
     def encoder_parameters(self) -> Iterator[nn.Parameter]:
-        """What ImageNet weights fill: patch mergings, the blocks of encoder and decoder without their channel attention.
+        """What ImageNet weights fill: patch mergings, and the blocks of encoder and decoder but for channel attention.
 
         For three channels also the patch embedding. The decoder's blocks start from those of the encoder stage of the
         same width.

@@ -6,8 +6,9 @@ marked *our choice* below. Paper's names: O image features, E edge features, R c
 maps of a decoder stage, A the attention.
 
 One reading of equations 2 to 4 makes all shapes agree. The base tensor A_B of a patch has the axes class k, image
-channel c and edge channel e; the weights W_D have the axes pixel j and o. Summing their product over "the last dimension"
-closes only if o runs over the pairs (c, e). With patches of d x d pixels, P = sigmoid(R), C image and E edge channels::
+channel c and edge channel e; the weights W_D have the axes pixel j and o. A sum of their product over "the last
+dimension" closes only if o runs over the pairs (c, e). With patches of d x d pixels, P = sigmoid(R), C image and E edge
+channels::
 
     A_B(k, c, e) = 1/d² sum_{j in patch} P(k, j) O(c, j) E(e, j)
     A^d(k, j)    = 1/(C E) sum_{c, e} W^d(j, c, e) A_B(k, c, e)        A = A^2 + A^4 + A^8
@@ -16,8 +17,9 @@ Our choices: the sigmoid on R, and O, E >= 0 (both end in a ReLU), make A an att
 means in place of sums keep it of order 1 whatever d, C and E, where the sums leave the range of float16; each scale has
 its own perceptron for W, as with shared ones W would be the same at every scale.
 
-Neither A_B for all pixels nor a product of all three factors is ever stored: O x E is formed once a level, and two
-matrix products a patch do the rest, (K x d²)(d² x CE) and (K x CE)(CE x d²).
+A product of all three factors is never stored: O x E is formed once a level, and two matrix products a patch do the
+rest. Equations 2 and 4 in this order are (K x d²)(d² x CE) and (K x CE)(CE x d²), with A_B between them; where A_B has
+more than d⁴ values, as for small patches and many classes, (d² x CE)(CE x d²) and (K x d²)(d² x d²) give the same.
 """
 
 from collections.abc import Sequence
@@ -162,11 +164,29 @@ class TensorAttention(nn.Module):
         classes = pad(probabilities)
         attention = torch.zeros_like(classes)
         for size, perceptron in zip(self.patch_sizes, self.weights, strict=True):
-            base = torch.einsum("bkhiwj,bchiwj->bhwkc", patches(classes, size), patches(pairs, size)) / size**2
-            weights = patches(pad(perceptron(features)), size)
-            attended = torch.einsum("bhwkc,bchiwj->bkhiwj", base, weights) / pairs.shape[1]
-            attention = attention + attended.reshape_as(classes)
+            maps = patches(pad(perceptron(features)), size), patches(pairs, size), patches(classes, size)
+            attention = attention + attend(*maps).reshape_as(classes)
         return attention[..., :height, :width]
+
+
+def attend(weights: torch.Tensor, pairs: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Equations 2 and 4 for one patch size.
+
+    Args:
+        weights: W, (B, C*E, H / d, d, W / d, d).
+        pairs: O x E, in the shape of ``weights``.
+        classes: P, (B, K, H / d, d, W / d, d).
+    Returns:
+        A^d, in the shape of ``classes``.
+    """
+    size, num_pairs, num_classes = pairs.shape[-1], pairs.shape[1], classes.shape[1]
+    if size**4 < num_classes * num_pairs:
+        between = torch.einsum("bchiwj,bchxwy->bhwijxy", weights, pairs)  # pixel x pixel
+        total = torch.einsum("bhwijxy,bkhxwy->bkhiwj", between, classes)
+    else:
+        between = torch.einsum("bkhiwj,bchiwj->bhwkc", classes, pairs)  # A_B
+        total = torch.einsum("bhwkc,bchiwj->bkhiwj", between, weights)
+    return total / (size**2 * num_pairs)
 
 
 def patches(x: torch.Tensor, size: int) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """The one file nnU-Net imports from ``nnUNet_extTrainer``: our trainers by name, from the installed package."""
 
 from nnunetv2_smallseg.trainers import (
+    nnUNetTrainerS3MambaNoCurriculum,
+    nnUNetTrainerS3MambaPretrained,
     nnUNetTrainerSwinUMamba,
     nnUNetTrainerSwinUMambaD,
     nnUNetTrainerSwinUMambaDScratch,
@@ -8,6 +10,8 @@ from nnunetv2_smallseg.trainers import (
 )
 
 __all__ = [
+    "nnUNetTrainerS3MambaNoCurriculum",
+    "nnUNetTrainerS3MambaPretrained",
     "nnUNetTrainerSwinUMamba",
     "nnUNetTrainerSwinUMambaD",
     "nnUNetTrainerSwinUMambaDScratch",

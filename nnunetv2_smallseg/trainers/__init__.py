@@ -1,5 +1,6 @@
 """Trainers for ``nnUNetv2_train -tr``; all are importable from here."""
 
+from nnunetv2_smallseg.trainers.s3_mamba import nnUNetTrainerS3MambaNoCurriculum, nnUNetTrainerS3MambaPretrained
 from nnunetv2_smallseg.trainers.swin_umamba import (
     nnUNetTrainerSwinUMamba,
     nnUNetTrainerSwinUMambaD,
@@ -8,6 +9,8 @@ from nnunetv2_smallseg.trainers.swin_umamba import (
 )
 
 __all__ = [
+    "nnUNetTrainerS3MambaNoCurriculum",
+    "nnUNetTrainerS3MambaPretrained",
     "nnUNetTrainerSwinUMamba",
     "nnUNetTrainerSwinUMambaD",
     "nnUNetTrainerSwinUMambaDScratch",

@@ -113,9 +113,7 @@ class VSSBlock(nn.Module):
         use_dwconv: Depthwise convolution before the scan.
     """
 
-    def __init__(
-        self, width: int, *, drop_path: float = 0.0, state_size: int = 16, use_dwconv: bool = True
-    ) -> None:
+    def __init__(self, width: int, *, drop_path: float = 0.0, state_size: int = 16, use_dwconv: bool = True) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.ss2d = SS2D(width, state_size=state_size, use_dwconv=use_dwconv)
