@@ -232,6 +232,56 @@ SYSTEMS: tuple[System, ...] = (
             ),
         ),
     ),
+    System(
+        name="S³-Mamba",
+        paper=Paper(
+            title="S³-Mamba: Small-Size-Sensitive Mamba for Lesion Segmentation",
+            venue="AAAI 2025",
+            url="https://arxiv.org/abs/2412.14546",
+        ),
+        networks=(
+            Network(
+                name="S3Mamba",
+                module="nnunetv2_smallseg.architectures.s3_mamba",
+                stride=32,
+                deep_supervision_strides=(1, 4, 8, 16, 32),
+                parameters={
+                    (3, 2): 27_582_650,
+                    (1, 2): 27_578_650,
+                    (3, 1): 27_577_721,
+                    (1, 4): 27_588_508,
+                    (4, 3): 27_589_579,
+                },
+                description="VM-UNet with channel attention and tensor attention in the decoder",
+                reference="s3_mamba",
+                small={"widths": (16, 32, 64, 128), "depths": (1, 1, 1, 1), "decoder_depths": (1, 1, 1, 1)},
+            ),
+            Network(
+                name="S3MambaSmall",
+                module="nnunetv2_smallseg.architectures.s3_mamba",
+                stride=32,
+                deep_supervision_strides=(1, 4, 8, 16, 32),
+                parameters={(3, 2): 4_648_346, (1, 2): 4_646_394, (1, 4): 4_650_460},
+                description="S3Mamba with a third of the channels, the paper's size read literally",
+                reference="s3_mamba",
+                small={"widths": (16, 32, 64, 128), "depths": (1, 1, 1, 1), "decoder_depths": (1, 1, 1, 1)},
+            ),
+        ),
+        trainers=(
+            Trainer(
+                name="nnUNetTrainerS3MambaNoCurriculum",
+                network="S3Mamba",
+                weights=None,
+                description="Random start, all cases weighted alike",
+            ),
+            Trainer(
+                name="nnUNetTrainerS3MambaPretrained",
+                network="S3Mamba",
+                weights="vmamba_small_imagenet",
+                description="ImageNet weights, all cases weighted alike",
+            ),
+        ),
+    ),
 )
 
 

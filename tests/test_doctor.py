@@ -231,16 +231,19 @@ def test_requested_back_end_that_does_not_exist_fails(folders, monkeypatch):
 
 
 def test_damaged_weights_fail_and_replaced_ones_are_told(folders, monkeypatch):
-    (missing,) = doctor.check_weights()
+    def checked() -> doctor.Row:
+        return by_check(doctor.check_weights())["weights vmamba_tiny_imagenet"]
+
+    missing = checked()
     assert missing.status == "info" and "smallseg weights fetch" in missing.next_step
     file = folders / "weights" / "vssmtiny_dp01_ckpt_epoch_292.pth"
     file.parent.mkdir()
     file.write_bytes(b"half a download")
-    (damaged,) = doctor.check_weights()
+    damaged = checked()
     assert damaged.status == "failure" and str(file) in damaged.next_step
     monkeypatch.setenv("SMALLSEG_WEIGHTS_VMAMBA_TINY_IMAGENET", str(file))
-    (replaced,) = doctor.check_weights()
+    replaced = checked()
     assert replaced.status == "info" and str(file) in replaced.message
     monkeypatch.setenv("SMALLSEG_WEIGHTS_VMAMBA_TINY_IMAGENET", str(folders / "absent.pth"))
-    (absent,) = doctor.check_weights()
+    absent = checked()
     assert absent.status == "failure"

@@ -396,6 +396,34 @@ def test_all_slices_of_a_slab_are_transformed_alike(slices, nnunet_folders):
     assert changed > 40
 
 
+S3_MAMBA = [name for name in NAMES if "S3Mamba" in name]
+
+
+@pytest.mark.parametrize("name", S3_MAMBA)
+def test_recipe_of_s3_mamba(name, nnunet_folders):
+    trainer = make(name, nnunet_folders)
+    trainer.initialize()
+    decayed, exempt = trainer.optimizer.param_groups
+    assert isinstance(trainer.optimizer, torch.optim.AdamW)
+    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.01, 0)
+    assert decayed["eps"] == 1e-8
+    rates = [trainer.lr_scheduler.rate(epoch) for epoch in range(trainer.num_epochs + 1)]
+    assert rates == pytest.approx([1e-4, 5e-5, 0.0])
+    assert trainer.freeze_encoder_epochs == 0
+
+
+@pytest.mark.parametrize("name", S3_MAMBA)
+def test_s3_mamba_without_its_attention_has_no_deep_supervision(name, nnunet_folders):
+    """nnU-Net's loss would be not a number: it gives the last of the outputs no weight."""
+    trainer = make(name, nnunet_folders)
+    trainer.configuration_manager.configuration["network_options"]["S3Mamba"]["use_tcma"] = False
+    trainer.initialize()
+    assert target_scales(trainer) == [[1.0, 1.0]]
+    assert np.isfinite(trainer.train_step(random_batch(trainer))["loss"])
+    trainer.set_deep_supervision_enabled(True)
+    assert trainer.planar_network.deep_supervision is False
+
+
 def test_unknown_network_options_stop_the_command(nnunet_folders):
     trainer = make("nnUNetTrainerSwinUMambaD", nnunet_folders)
     trainer.configuration_manager.configuration["network_options"] = {"SwinUMambaD": {"widht": 3}}

@@ -436,8 +436,8 @@ def test_gradients_still_reach_loaded_parameters(build, vmamba):
 def test_summary(build, vmamba):
     lines = load_vmamba_tiny(build(SwinUMambaD, 1), vmamba).summary().splitlines()
     assert lines == [
-        "SwinUMambaD: 207 tensors loaded from VMamba-Tiny (ImageNet-1K), 1 adapted, 0 of the encoder left at their own "
-        "initialisation",
+        "SwinUMambaD: 207 tensors loaded from VMamba-Tiny (ImageNet-1K), 1 adapted, 0 of the pretrained part left at "
+        "their own initialisation",
         "  adapted to the input channels: encoder.patch_embed.proj.weight",
         "  unused in the checkpoint: norm.weight, norm.bias, head.weight, head.bias",
     ]

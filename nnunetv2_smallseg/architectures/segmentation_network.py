@@ -21,6 +21,7 @@ class SegmentationNetwork(nn.Module, ABC):
 
     Attributes:
         stride: Height and width are padded to a multiple of this.
+        min_size: Height and width are padded to at least this, a multiple of the stride.
         deep_supervision_strides: Stride of each output with deep supervision on, largest output first.
 
     Raises:
@@ -28,6 +29,7 @@ class SegmentationNetwork(nn.Module, ABC):
     """
 
     stride: int
+    min_size: int = 0
     deep_supervision_strides: tuple[int, ...]
 
     def __init__(self, input_channels: int, num_classes: int) -> None:
@@ -69,19 +71,22 @@ class SegmentationNetwork(nn.Module, ABC):
         return self.crop_outputs(self.forward_padded(self.pad_image(image)), image)
 
     def pad_image(self, image: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, C, H', W') with H' and W' multiples of the stride; ``ValueError`` as in ``forward``."""
+        """(B, C, H, W) -> (B, C, H', W') with H' and W' multiples of the stride, at least ``min_size``.
+
+        Raises:
+            ValueError: As ``forward``.
+        """
         if image.ndim != 4 or image.shape[1] != self.input_channels:
             raise ValueError(
                 f"{type(self).__name__} got an input of shape {tuple(image.shape)}, but reads (batch, "
                 f"{self.input_channels}, height, width)"
             )
-        return pad_to_multiple(image, self.stride)
+        return pad_to_multiple(image, self.stride, self.min_size)
 
     def crop_outputs(self, outputs: list[torch.Tensor], image: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """Outputs of ``forward_padded`` -> what ``forward`` returns for the unpadded ``image``."""
-        if image.shape[-2] % self.stride or image.shape[-1] % self.stride:
-            strides = self.deep_supervision_strides[: len(outputs)]
-            outputs = crop_to_input(outputs, (image.shape[-2], image.shape[-1]), strides)
+        strides = self.deep_supervision_strides[: len(outputs)]
+        outputs = crop_to_input(outputs, (image.shape[-2], image.shape[-1]), strides)
         return outputs if self.deep_supervision else outputs[0]
 
     def no_weight_decay(self) -> set[str]:

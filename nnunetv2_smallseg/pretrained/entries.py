@@ -81,6 +81,25 @@ ENTRIES: tuple[WeightEntry, ...] = (
         imagenet_top1=82.2,
         fits=("SwinUMamba", "SwinUMambaD"),
     ),
+    WeightEntry(
+        name="vmamba_small_imagenet",
+        description="VMamba-Small, first version (depths 2-2-27-2), ImageNet-1K",
+        file_names=("vssmsmall_dp03_ckpt_epoch_238.pth", "vmamba_small_e238_ema.pth"),
+        urls=(
+            "https://github.com/MzeroMiko/VMamba/releases/download/%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth",
+            "https://github.com/MzeroMiko/VMamba/releases/download/%2320240218/vssmsmall_dp03_ckpt_epoch_238.pth",
+        ),
+        manual_url=None,
+        size_bytes=177_830_070,
+        sha256="8a9b3d3954bd28265405bd9a86768599d11491ba414ce04011db837d6c319e14",
+        sha256_source="the Git LFS entry of the file in github.com/zifuwan/Sigma; VMamba's authors publish no checksum",
+        licence="MIT",
+        source="https://github.com/MzeroMiko/VMamba",
+        paper="VMamba: Visual State Space Model, NeurIPS 2024, https://arxiv.org/abs/2401.10166",
+        layout="vmamba_small",
+        imagenet_top1=83.5,
+        fits=("S3Mamba",),
+    ),
 )
 
 

@@ -11,11 +11,11 @@ from nnunetv2_smallseg.pretrained.checkpoint import read_checkpoint
 from nnunetv2_smallseg.pretrained.entries import entry
 from nnunetv2_smallseg.pretrained.report import LoadReport
 from nnunetv2_smallseg.pretrained.store import resolve
-from nnunetv2_smallseg.pretrained.vmamba import load_vmamba_tiny
+from nnunetv2_smallseg.pretrained.vmamba import load_vmamba_small, load_vmamba_tiny
 
 __all__ = ["load_pretrained"]
 
-LOADERS = {"vmamba_tiny": load_vmamba_tiny}
+LOADERS = {"vmamba_tiny": load_vmamba_tiny, "vmamba_small": load_vmamba_small}
 
 
 def load_pretrained(

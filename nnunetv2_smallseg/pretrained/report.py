@@ -11,7 +11,7 @@ SHOWN_NAMES = 8
 
 @dataclass(frozen=True)
 class LoadReport:
-    """The outcome of loading a checkpoint into the encoder of a network.
+    """The outcome of loading a checkpoint into the pretrained part of a network, its encoder or more.
 
     Attributes:
         network: Class name of the network.
@@ -19,7 +19,7 @@ class LoadReport:
         matched: Network entries that hold the checkpoint's values unchanged.
         adapted: Network entries computed from the checkpoint's values.
         unused: Checkpoint entries that were read past.
-        missing: Entries of the network's encoder that keep their own initialisation.
+        missing: Entries of that part of the network that keep their own initialisation.
     """
 
     network: str
@@ -33,7 +33,7 @@ class LoadReport:
         """A few lines for the training log."""
         lines = [
             f"{self.network}: {len(self.matched)} tensors loaded from {self.checkpoint}, {len(self.adapted)} adapted, "
-            f"{len(self.missing)} of the encoder left at their own initialisation"
+            f"{len(self.missing)} of the pretrained part left at their own initialisation"
         ]
         for label, names in (
             ("adapted to the input channels", self.adapted),

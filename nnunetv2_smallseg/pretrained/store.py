@@ -241,5 +241,6 @@ def _absent_message(weights: WeightEntry, target: Path) -> str:
         f"  - on a machine with network that shares this folder, run `smallseg weights fetch {weights.name}`\n"
         f"  - {_by_hand(weights, target)}\n"
         f"  - set {weights.variable} to a copy you already have\n"
-        f"  - train from a random start with the '...Scratch' trainer (`smallseg trainers` lists them)"
+        "  - train from a random start with a trainer that needs no weights, such as '...Scratch' (`smallseg trainers` "
+        "lists them)"
     )

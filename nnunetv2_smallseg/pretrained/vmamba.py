@@ -1,11 +1,16 @@
-"""Loads VMamba-Tiny's ImageNet weights into the encoder of SwinUMamba and SwinUMambaD.
+"""Loads the ImageNet weights of VMamba's first version: VMamba-Tiny for Swin-UMamba, VMamba-Small for S³-Mamba.
 
-The file is the first version of VMamba (depths 2-2-9-2, gate, 16 states, no MLP): Liu et al., VMamba: Visual State
-Space Model, NeurIPS 2024, arXiv 2401.10166, github.com/MzeroMiko/VMamba (MIT). What goes where follows the loaders of
-github.com/JiarunLiu/Swin-UMamba commit 2c1f72e (Apache-2.0), with three differences: every block has to arrive or
-nothing is loaded (the authors' loader skips all blocks of a renamed file without an error), the first convolution of
-SwinUMambaD adapts to other channel counts (the authors' loader leaves it random), and ``patch_embed.norm.bias`` is not
-copied into SwinUMamba, whose patch embedding is another one (the authors copy it by mistake).
+The first version has a gate, 16 states and no MLP, and depths 2-2-9-2 or 2-2-27-2: Liu et al., VMamba: Visual State
+Space Model, NeurIPS 2024, arXiv 2401.10166, github.com/MzeroMiko/VMamba (MIT). Every tensor the network expects has to
+arrive or nothing is loaded, where the authors' loaders skip what they do not find without an error.
+
+Swin-UMamba: what goes where follows the loaders of github.com/JiarunLiu/Swin-UMamba commit 2c1f72e (Apache-2.0), with
+two more differences: the first convolution of SwinUMambaD adapts to other channel counts (the authors' loader leaves it
+random), and ``patch_embed.norm.bias`` is not copied into SwinUMamba, whose patch embedding is another one (the authors
+copy it by mistake).
+
+S³-Mamba: the paper names VMamba-S only. What goes where is VM-UNet's rule (Ruan & Xiang 2024, arXiv 2402.02491): the
+first blocks of each stage go into the encoder stage, and again into the decoder stage of the same width.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from torch import nn
 from nnunetv2_smallseg.errors import WeightsError
 from nnunetv2_smallseg.pretrained.report import LoadReport
 
-__all__ = ["adapt_input_channels_of", "load_vmamba_tiny"]
+__all__ = ["adapt_input_channels_of", "load_vmamba_small", "load_vmamba_tiny"]
 
 # Names in the checkpoint -> names below ``network.encoder``. Each rule knows the names of the first release
 # (ln_1, self_attention, patch_embed.proj) and those of VMamba's current code (norm, op, patch_embed.0).
@@ -37,6 +42,8 @@ PATCH_ENTRIES = (PATCH_KERNEL, "patch_embed.proj.bias", "patch_embed.norm.weight
 # (blocks in each stage, inner width of the first block) -> name of a newer VMamba file
 NEWER_FILES = {((2, 2, 5, 2), 192): "vssm_tiny_0230", ((2, 2, 8, 2), 96): "vssm1_tiny_0230s"}
 SHOWN_PROBLEMS = 5
+
+VMAMBA_SMALL_DEPTHS = (2, 2, 27, 2)
 
 
 def load_vmamba_tiny(
@@ -73,10 +80,18 @@ def load_vmamba_tiny(
             f"{type(network).__name__} has no 'encoder'; expected is SwinUMamba or SwinUMambaD itself (of a network "
             f"wrapped for 2.5D, pass the inner one)"
         )
-    _refuse_newer_architecture(checkpoint)
+    _refuse_newer_architecture(checkpoint, "Swin-UMamba's encoder", "vmamba_tiny_imagenet")
     target = encoder.state_dict()  # shares memory with the parameters
     source = _encoder_names(checkpoint)
-    _require_agreement(target, {name: checkpoint[old] for name, old in source.items()})
+    problems = _disagreements(target, {name: checkpoint[old] for name, old in source.items()})
+    problems += [f"{name} is not part of the network" for name in source if name not in target]
+    _refuse(
+        problems,
+        f"the checkpoint is not the VMamba-Tiny this network starts from; nothing was loaded. Below 'encoder', "
+        f"{len(problems)} of {len(target)} tensors do not agree:",
+        "Use the published file (`smallseg weights fetch vmamba_tiny_imagenet`). A Swin-UMamba you trained with the "
+        "authors' code is converted by `smallseg weights import-official`.",
+    )
 
     values = {name: checkpoint[old] for name, old in source.items() if name not in PATCH_ENTRIES}
     patch_values, adapted = _patch_embedding(
@@ -94,6 +109,94 @@ def load_vmamba_tiny(
         adapted=tuple(f"encoder.{name}" for name in target if name in adapted),
         unused=tuple(old for old in checkpoint if old not in used),
         missing=tuple(f"encoder.{name}" for name in target if name not in values),
+    )
+
+
+def load_vmamba_small(
+    network: nn.Module, checkpoint: Mapping[str, torch.Tensor], *, adapt_input_channels: bool = True
+) -> LoadReport:
+    """Copies VMamba-Small's weights into encoder and decoder of S3Mamba, completely or not at all.
+
+    Patch embedding, patch mergings and the first blocks of each stage fill the encoder; the same blocks fill the
+    decoder stage of the same width. Channel attention, patch expanding, TCMA and heads keep their own initialisation.
+    Of the checkpoint, deeper blocks, the final norm and the classifier are not used, nor the depthwise convolutions
+    where the network has none.
+
+    Args:
+        network: S3Mamba of the size of VMamba-S; of a network wrapped for 2.5D, the inner one.
+        checkpoint: State dict as given by ``read_checkpoint``, under the names of VMamba's first or current code.
+        adapt_input_channels: Adapt the patch embedding to other than 3 input channels. If False, it then keeps its own
+            initialisation.
+
+    Returns:
+        What became of each tensor; ``missing`` names the rest of the encoder and of the decoder's blocks.
+
+    Raises:
+        WeightsError: If the checkpoint is another network or incomplete, or the network has another size; the network
+            is unchanged then.
+        TypeError: If ``network`` has no encoder and decoder with stages.
+    """
+    encoder, decoder = getattr(network, "encoder", None), getattr(network, "decoder", None)
+    if not hasattr(encoder, "patch_embed") or not hasattr(decoder, "stages"):
+        raise TypeError(f"{type(network).__name__} has no encoder and decoder of VSS blocks; expected is S3Mamba")
+    _refuse_newer_architecture(checkpoint, "S³-Mamba", "vmamba_small_imagenet")
+    if (depths := _depths(checkpoint)) != VMAMBA_SMALL_DEPTHS:
+        raise WeightsError(
+            f"the checkpoint is not VMamba-Small: its stages have {'-'.join(map(str, depths)) or 'no'} blocks, those "
+            f"of VMamba-Small {'-'.join(map(str, VMAMBA_SMALL_DEPTHS))}; nothing was loaded. Use the published file: "
+            f"`smallseg weights fetch vmamba_small_imagenet`."
+        )
+    source = _encoder_names(checkpoint)
+    width = checkpoint[source["patch_embed.norm.weight"]].numel() if "patch_embed.norm.weight" in source else None
+    if width is not None and encoder.patch_embed.norm.weight.numel() != width:
+        raise WeightsError(
+            f"VMamba-Small has {width} channels in its first stage, but this {type(network).__name__} has "
+            f"{encoder.patch_embed.norm.weight.numel()}: no ImageNet weights of its size exist, nothing was loaded. "
+            f"Train it from a random start, or use S3Mamba with its default widths."
+        )
+
+    # Names in the network -> names below the checkpoint's encoder; the channel attention has no counterpart.
+    state = network.state_dict()  # shares memory with the parameters
+    last = len(decoder.stages) - 1
+    places = {}
+    for name in state:
+        if name.startswith("encoder."):
+            places[name] = name.removeprefix("encoder.")
+        elif match := re.match(r"decoder\.stages\.(\d+)\.(.*)", name):
+            places[name] = f"stages.{last - int(match[1])}.{match[2]}"
+    target = {name: state[name] for name in places if ".encf." not in name}
+    found = {name: checkpoint[source[places[name]]] for name in target if places[name] in source}
+    problems = _disagreements(target, found)
+    kernel, wanted = found.get(f"encoder.{PATCH_KERNEL}"), state[f"encoder.{PATCH_KERNEL}"]
+    if kernel is not None and (kernel.shape[0], *kernel.shape[2:]) != (wanted.shape[0], *wanted.shape[2:]):
+        problems.append(f"{PATCH_KERNEL} has shape {tuple(kernel.shape)}, the network needs {tuple(wanted.shape)}")
+    _refuse(
+        problems,
+        f"the checkpoint is not the VMamba-Small this network starts from; nothing was loaded. {len(problems)} of "
+        f"{len(target)} tensors do not agree:",
+        "Use the published file (`smallseg weights fetch vmamba_small_imagenet`) and a network whose stages are no "
+        "deeper than VMamba-Small's.",
+    )
+
+    patch_values, adapted = _patch_embedding(
+        {name: state[f"encoder.{name}"] for name in PATCH_ENTRIES},
+        {name: found.pop(f"encoder.{name}") for name in PATCH_ENTRIES},
+        adapt_input_channels,
+        load_stray_norm_bias=False,
+    )
+    values = {**{f"encoder.{name}": value for name, value in patch_values.items()}, **found}
+    with torch.no_grad():
+        for name, value in values.items():
+            state[name].copy_(value)
+    used = {source[places[name]] for name in values}
+    adapted = {f"encoder.{name}" for name in adapted}
+    return LoadReport(
+        network=type(network).__name__,
+        checkpoint="VMamba-Small (ImageNet-1K)",
+        matched=tuple(name for name in places if name in values and name not in adapted),
+        adapted=tuple(name for name in places if name in adapted),
+        unused=tuple(old for old in checkpoint if old not in used),
+        missing=tuple(name for name in places if name not in values),
     )
 
 
@@ -153,46 +256,49 @@ def _encoder_names(checkpoint: Mapping[str, torch.Tensor]) -> dict[str, str]:
     return names
 
 
-def _require_agreement(target: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor]) -> None:
-    """Raises unless names and shapes agree, but for the shape of the patch embedding's kernel.
-
-    Entries too many count as well: the first nine blocks of a stage of VMamba-S have the shapes of VMamba-T's.
-    """
+def _disagreements(target: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor]) -> list[str]:
+    """What of ``target`` is missing in ``source`` or has another shape, but for the kernel of the patch embedding."""
     problems = [f"{name} is missing" for name in target if name not in source]
-    problems += [
+    return problems + [
         f"{name} has shape {tuple(source[name].shape)}, the network needs {tuple(wanted.shape)}"
         for name, wanted in target.items()
-        if name in source and name != PATCH_KERNEL and source[name].shape != wanted.shape
+        if name in source and not name.endswith(PATCH_KERNEL) and source[name].shape != wanted.shape
     ]
-    problems += [f"{name} is not part of the network" for name in source if name not in target]
+
+
+def _refuse(problems: list[str], what: str, next_step: str) -> None:
+    """Raises with the first problems, if there are any."""
     if not problems:
         return
     more = f"\n  and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-    raise WeightsError(
-        f"the checkpoint is not the VMamba-Tiny this network starts from; nothing was loaded. Below 'encoder', "
-        f"{len(problems)} of {len(target)} tensors do not agree:\n  "
-        + "\n  ".join(problems[:SHOWN_PROBLEMS])
-        + more
-        + "\n"
-        "Use the published file (`smallseg weights fetch vmamba_tiny_imagenet`). A Swin-UMamba you trained with the "
-        "authors' code is converted by `smallseg weights import-official`."
-    )
+    raise WeightsError(f"{what}\n  " + "\n  ".join(problems[:SHOWN_PROBLEMS]) + more + "\n" + next_step)
 
 
-def _refuse_newer_architecture(checkpoint: Mapping[str, torch.Tensor]) -> None:
-    """Raises for VMamba's later networks, which share names with the first one but have MLPs, one state and no gate."""
+def _depths(checkpoint: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+    """Blocks in each stage of a VMamba checkpoint."""
+    blocks = {match.groups() for name in checkpoint if (match := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name))}
+    stages = sorted({int(stage) for stage, _ in blocks})
+    return tuple(sum(int(stage) == wanted for stage, _ in blocks) for wanted in stages)
+
+
+def _refuse_newer_architecture(checkpoint: Mapping[str, torch.Tensor], whose: str, weights_name: str) -> None:
+    """Raises for VMamba's later networks, which share names with the first one but have MLPs, one state and no gate.
+
+    Args:
+        checkpoint: The checkpoint.
+        whose: What it does not fit.
+        weights_name: The file to use instead.
+    """
     states = [tensor.shape[-1] for name, tensor in checkpoint.items() if name.endswith(".A_logs")]
     has_mlp = any(re.match(r"layers\.\d+\.blocks\.\d+\.mlp\.", name) for name in checkpoint)
     if not has_mlp and not (states and max(states) == 1):
         return
-    blocks = {match.groups() for name in checkpoint if (match := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name))}
-    stages = sorted({int(stage) for stage, _ in blocks})
-    depths = tuple(sum(int(stage) == wanted for stage, _ in blocks) for wanted in stages)
+    depths = _depths(checkpoint)
     skip = checkpoint.get("layers.0.blocks.0.op.Ds")
     inner_width = skip.numel() // 4 if skip is not None else None  # four scan directions
     found = NEWER_FILES.get((depths, inner_width), "one of VMamba's later networks")
     raise WeightsError(
         f"the checkpoint is {found} (depths {'-'.join(map(str, depths))}), a newer VMamba architecture with MLP "
-        f"branches and one state per channel, which does not fit Swin-UMamba's encoder; nothing was loaded. Use the "
-        f"first version of VMamba-Tiny: `smallseg weights fetch vmamba_tiny_imagenet`."
+        f"branches and one state per channel, which does not fit {whose}; nothing was loaded. Use the first version: "
+        f"`smallseg weights fetch {weights_name}`."
     )

@@ -7,6 +7,10 @@ from nnunetv2_smallseg.trainers.mamba_ahnet import (
     nnUNetTrainerMambaAHNet,
     nnUNetTrainerMambaAHNetRecon,
 )
+from nnunetv2_smallseg.trainers.s3_mamba import (
+    nnUNetTrainerS3MambaNoCurriculum,
+    nnUNetTrainerS3MambaPretrained,
+)
 from nnunetv2_smallseg.trainers.swin_umamba import (
     nnUNetTrainerSwinUMamba,
     nnUNetTrainerSwinUMambaD,
@@ -20,6 +24,8 @@ __all__ = [
     "nnUNetTrainerHUNet",
     "nnUNetTrainerMambaAHNet",
     "nnUNetTrainerMambaAHNetRecon",
+    "nnUNetTrainerS3MambaNoCurriculum",
+    "nnUNetTrainerS3MambaPretrained",
     "nnUNetTrainerSwinUMamba",
     "nnUNetTrainerSwinUMambaD",
     "nnUNetTrainerSwinUMambaDScratch",

@@ -8,8 +8,8 @@ from torch.nn import functional
 __all__ = ["crop_to_input", "pad_to_multiple"]
 
 
-def pad_to_multiple(x: torch.Tensor, stride: int) -> torch.Tensor:
-    """Pads zeros below and right until height and width are multiples of ``stride``.
+def pad_to_multiple(x: torch.Tensor, stride: int, min_size: int = 0) -> torch.Tensor:
+    """Pads zeros below and right until height and width are multiples of ``stride`` and at least ``min_size``.
 
     Zero is what nnU-Net itself pads normalised images with. Padding on one side only keeps the sampling grid of every
     output aligned with that of the input.
@@ -17,11 +17,11 @@ def pad_to_multiple(x: torch.Tensor, stride: int) -> torch.Tensor:
     Args:
         x: (B, C, H, W).
         stride: Stride of the network.
+        min_size: Least height and width, a multiple of ``stride``.
     Returns:
-        (B, C, H', W') with H' and W' the next multiples of ``stride``.
+        (B, C, H', W') with H' and W' the next multiples of ``stride`` that are not smaller than ``min_size``.
     """
-    height, width = x.shape[-2:]
-    below, right = -height % stride, -width % stride
+    below, right = (max(-size % stride, min_size - size) for size in x.shape[-2:])
     return functional.pad(x, (0, right, 0, below)) if below or right else x
 
 

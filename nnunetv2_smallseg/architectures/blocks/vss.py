@@ -10,7 +10,7 @@ Maps are channel-last, (B, H, W, C), inside the encoder, as in both repositories
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -33,15 +33,16 @@ class SS2D(nn.Module):
         width: Channels C in and out.
         state_size: States N of each channel.
         expansion: Inner width D as a multiple of ``width``.
+        use_dwconv: Depthwise 3x3 convolution before the scan; its activation stays without it.
     """
 
-    def __init__(self, width: int, *, state_size: int = 16, expansion: int = 2) -> None:
+    def __init__(self, width: int, *, state_size: int = 16, expansion: int = 2, use_dwconv: bool = True) -> None:
         super().__init__()
         inner = expansion * width
         rank = math.ceil(width / 16)
         self.rank, self.state_size = rank, state_size
         self.in_proj = nn.Linear(width, 2 * inner, bias=False)
-        self.conv2d = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner)
+        self.conv2d = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner) if use_dwconv else None
         self.x_proj_weight = nn.Parameter(torch.empty(NUM_DIRECTIONS, rank + 2 * state_size, inner))
         self.dt_projs_weight = nn.Parameter(torch.empty(NUM_DIRECTIONS, inner, rank))
         self.dt_projs_bias = nn.Parameter(torch.empty(NUM_DIRECTIONS, inner))
@@ -67,7 +68,8 @@ class SS2D(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
         x, gate = self.in_proj(x).chunk(2, dim=-1)
-        x = functional.silu(self.conv2d(x.permute(0, 3, 1, 2)))  # (B, D, H, W)
+        x = x.permute(0, 3, 1, 2)  # (B, D, H, W)
+        x = functional.silu(x if self.conv2d is None else self.conv2d(x))
         y = self._scan_four_directions(x)  # (B, H, W, D)
         return self.out_proj(self.out_norm(y) * functional.silu(gate))
 
@@ -108,12 +110,13 @@ class VSSBlock(nn.Module):
         width: Channels C.
         drop_path: Rate of stochastic depth.
         state_size: States of the scan.
+        use_dwconv: Depthwise convolution before the scan.
     """
 
-    def __init__(self, width: int, *, drop_path: float = 0.0, state_size: int = 16) -> None:
+    def __init__(self, width: int, *, drop_path: float = 0.0, state_size: int = 16, use_dwconv: bool = True) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.ss2d = SS2D(width, state_size=state_size)
+        self.ss2d = SS2D(width, state_size=state_size, use_dwconv=use_dwconv)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -128,11 +131,19 @@ class VSSStage(nn.Module):
         width: Channels C.
         drop_paths: Rate of stochastic depth, one value a block.
         state_size: States of the scan.
+        block: Makes a block from the width and the keywords ``drop_path`` and ``state_size``.
     """
 
-    def __init__(self, width: int, drop_paths: Sequence[float], *, state_size: int = 16) -> None:
+    def __init__(
+        self,
+        width: int,
+        drop_paths: Sequence[float],
+        *,
+        state_size: int = 16,
+        block: Callable[..., nn.Module] = VSSBlock,
+    ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(VSSBlock(width, drop_path=rate, state_size=state_size) for rate in drop_paths)
+        self.blocks = nn.ModuleList(block(width, drop_path=rate, state_size=state_size) for rate in drop_paths)
         self.grad_checkpointing = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -216,6 +227,7 @@ class VMambaEncoder(nn.Module):
         depths: Blocks of the stages.
         drop_path_rate: Rate of stochastic depth in the last block; it rises linearly from 0 in the first.
         state_size: States of the scans.
+        block: Makes a block of a stage, see ``VSSStage``.
 
     Raises:
         ValueError: If ``widths`` do not double from stage to stage or ``depths`` has another length.
@@ -230,6 +242,7 @@ class VMambaEncoder(nn.Module):
         depths: Sequence[int] = (2, 2, 9, 2),
         drop_path_rate: float = 0.2,
         state_size: int = 16,
+        block: Callable[..., nn.Module] = VSSBlock,
     ) -> None:
         super().__init__()
         if len(widths) != len(depths):
@@ -240,7 +253,7 @@ class VMambaEncoder(nn.Module):
         firsts = [sum(depths[:stage]) for stage in range(len(depths))]
         self.patch_embed = PatchEmbedding(input_channels, widths[0], patch_size)
         self.stages = nn.ModuleList(
-            VSSStage(width, rates[first : first + depth], state_size=state_size)
+            VSSStage(width, rates[first : first + depth], state_size=state_size, block=block)
             for width, depth, first in zip(widths, depths, firsts, strict=True)
         )
         self.downsamples = nn.ModuleList(PatchMerging(width) for width in widths[:-1])
@@ -250,11 +263,16 @@ class VMambaEncoder(nn.Module):
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """(B, input_channels, H, W) -> one (B, h, w, C) a stage, at strides p, 2p, 4p, 8p for patch size p."""
-        x = self.patch_embed(x)
-        features = [self.stages[0](x)]
-        for downsample, stage in zip(self.downsamples, self.stages[1:], strict=True):
-            features.append(stage(downsample(features[-1])))
-        return features
+        return [output for _, output in self.forward_stages(x)]
+
+    def forward_stages(self, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """As ``forward``, with the input of each stage before its output: both (B, h, w, C)."""
+        stages = []
+        for level, stage in enumerate(self.stages):
+            x = self.patch_embed(x) if level == 0 else self.downsamples[level - 1](x)
+            stages.append((x, stage(x)))
+            x = stages[-1][1]
+        return stages
 
     def block_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of all stages and patch mergings: everything but the patch embedding."""
