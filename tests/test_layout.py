@@ -32,9 +32,10 @@ def imports_without(missing: str, modules: list[str]) -> None:
     assert finished.returncode == 0, finished.stderr
 
 
-def test_networks_and_operators_do_not_need_nnunet():
-    modules = modules_below("architectures", "losses", "ops")
+def test_networks_operators_and_losses_do_not_need_nnunet():
+    modules = [*modules_below("architectures", "losses", "ops"), "nnunetv2_smallseg.data.curriculum"]
     assert "nnunetv2_smallseg.architectures.swin_umamba" in modules
+    assert "nnunetv2_smallseg.losses.weighted" in modules
     imports_without("nnunetv2", modules)
 
 

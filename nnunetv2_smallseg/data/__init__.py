@@ -1,0 +1,1 @@
+"""Which patches are drawn, and what each case weighs in the loss."""
