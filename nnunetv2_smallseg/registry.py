@@ -280,6 +280,12 @@ SYSTEMS: tuple[System, ...] = (
                 weights="vmamba_small_imagenet",
                 description="ImageNet weights, all cases weighted alike",
             ),
+            Trainer(
+                name="nnUNetTrainerCurriculum",
+                network=None,
+                weights=None,
+                description="nnU-Net's own recipe with the curriculum, also in 3D",
+            ),
         ),
     ),
 )

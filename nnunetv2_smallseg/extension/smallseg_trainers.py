@@ -3,6 +3,7 @@
 from nnunetv2_smallseg.trainers import (
     nnUNetTrainerAHNet,
     nnUNetTrainerAHNetRecon,
+    nnUNetTrainerCurriculum,
     nnUNetTrainerHUNet,
     nnUNetTrainerMambaAHNet,
     nnUNetTrainerMambaAHNetRecon,
@@ -17,6 +18,7 @@ from nnunetv2_smallseg.trainers import (
 __all__ = [
     "nnUNetTrainerAHNet",
     "nnUNetTrainerAHNetRecon",
+    "nnUNetTrainerCurriculum",
     "nnUNetTrainerHUNet",
     "nnUNetTrainerMambaAHNet",
     "nnUNetTrainerMambaAHNetRecon",

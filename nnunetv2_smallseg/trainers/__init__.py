@@ -1,5 +1,6 @@
 """Trainers for ``nnUNetv2_train -tr``; all are importable from here."""
 
+from nnunetv2_smallseg.trainers.curriculum import nnUNetTrainerCurriculum
 from nnunetv2_smallseg.trainers.mamba_ahnet import (
     nnUNetTrainerAHNet,
     nnUNetTrainerAHNetRecon,
@@ -21,6 +22,7 @@ from nnunetv2_smallseg.trainers.swin_umamba import (
 __all__ = [
     "nnUNetTrainerAHNet",
     "nnUNetTrainerAHNetRecon",
+    "nnUNetTrainerCurriculum",
     "nnUNetTrainerHUNet",
     "nnUNetTrainerMambaAHNet",
     "nnUNetTrainerMambaAHNetRecon",
