@@ -102,10 +102,56 @@ def first_runs_tables() -> str:
     return "\n".join(lines) + "\n"
 
 
+def curriculum_table() -> str:
+    """Dice by lesion size with and without the curriculum, for each seed."""
+    file = ROOT / "benchmarks" / "results" / "curriculum.json"
+    if not file.is_file():
+        return "Not run yet: `python scripts/curriculum_study.py`."
+    results = json.loads(file.read_text())
+    machine, settings, runs = results["machine"], results["settings"], results["runs"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    groups = list(runs[0]["dice"])
+    counts = ", ".join(f"{runs[0]['lesions'][group]} {group}" for group in groups)
+    lines = [
+        f"{settings['num_training']} training cases (the last sixth validates), {settings['num_held_back']} held back "
+        f"with {counts} lesions; {settings['num_epochs']} epochs of {settings['num_iterations']} iterations, "
+        f"{settings['batch_size']} patches of {settings['patch_size']} x {settings['patch_size']}. Run on "
+        f"{machine['processor']}, {settings['num_threads']} threads, no GPU; Python {machine['python']}, {versions}.",
+        "",
+        f"| seed | curriculum | {' | '.join(f'Dice, {group}' for group in groups)} | "
+        f"{' | '.join(f'found, {group}' for group in groups)} | false positives per case |",
+        "|" + "---|" * (3 + 2 * len(groups)),
+    ]
+    for run in runs:
+        dice = " | ".join(f"{run['dice'][group]:.3f}" for group in groups)
+        found = " | ".join(f"{run['detected'][group]} of {run['lesions'][group]}" for group in groups)
+        lines.append(f"| {run['seed']} | {run['arm']} | {dice} | {found} | {run['false_positives_per_case']:.2f} |")
+    differences = []
+    for group in groups:
+        dice = {arm: [run["dice"][group] for run in runs if run["arm"] == arm] for arm in ("with", "without")}
+        pairs = [ours - others for ours, others in zip(dice["with"], dice["without"], strict=True)]
+        mean = sum(pairs) / len(pairs)
+        differences.append(f"{group} {mean:+.3f} ({min(pairs):+.3f} to {max(pairs):+.3f})")
+    number = len(settings["seeds"])
+    lines += [
+        "",
+        f"With minus without, mean over {number} seed{'s' * (number != 1)} (lowest to highest): "
+        f"{', '.join(differences)}.",
+        "",
+        "![Dice by lesion size with and without the curriculum](curriculum_study.png)",
+        "",
+        f"The weights of the training with seed {settings['seeds'][0]}, as its `curriculum.png` shows them:",
+        "",
+        "![Mean weight of small, medium and large lesions over the epochs](curriculum_weights.png)",
+    ]
+    return "\n".join(lines)
+
+
 TABLES = (
     ("README.md", "trainers", trainers_table),
     ("docs/networks.md", "networks", networks_table),
     ("docs/networks.md", "published sizes", published_sizes_table),
+    ("docs/curriculum.md", "curriculum study", curriculum_table),
     ("docs/first_runs.md", "first runs", first_runs_tables),
 )
 

@@ -265,12 +265,39 @@ def test_slabs_and_volumes(configuration, nnunet_folders):
     assert trainer.curriculum.seen.any()
 
 
-def test_regions_and_ignore_label(nnunet_folders):
-    labels = {"background": 0, "lesion": [1, 2], "core": 2, "ignore": 3}
+def test_regions(nnunet_folders):
+    labels = {"background": 0, "lesion": [1, 2], "core": 2}
     trainer = make(nnUNetTrainerCurriculum, nnunet_folders, labels=labels, regions_class_order=[1, 2])
     trainer.on_train_start()
     run_epoch(trainer, 0)
     assert trainer.curriculum.seen.any()
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "channels"),
+    [
+        ({"background": 0, "lesion": [1, 2], "core": 2, "ignore": 3}, {"regions_class_order": [1, 2]}, 3),
+        ({"background": 0, "lesion": 1, "ignore": 2}, {}, 1),
+    ],
+)
+def test_ignore_label(labels, options, channels, nnunet_folders):
+    trainer = make(nnUNetTrainerCurriculum, nnunet_folders, labels=labels, **options)
+    trainer.initialize()
+    trainer.curriculum = Curriculum({"a": 0.1, "b": 0.2})
+    trainer.on_train_epoch_start()
+    targets = []
+    for scale in trainer._get_deep_supervision_scales():
+        target = torch.zeros(2, channels, *[round(32 * factor) for factor in scale])
+        target[0, 0, 0, 0] = 1
+        if channels == 1:
+            target[:, :, 1:] = 2
+        else:
+            target[:, -1, 1:] = 1
+        targets.append(target)
+    batch = {"data": torch.randn(2, 1, 32, 32), "target": targets, "keys": ["a", "b"]}
+    trainer._register_logged_keys()
+    trainer.on_train_epoch_end([trainer.train_step(batch)])
+    assert trainer.curriculum.seen.tolist() == [True, False]
 
 
 def test_lesion_labels(nnunet_folders):

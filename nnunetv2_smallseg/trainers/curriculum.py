@@ -127,11 +127,15 @@ class CurriculumMixin:
             channels = self._lesion_channels(labels)
         return with_sample_weights(super()._build_loss(), lesion_labels=labels, lesion_channels=channels)
 
+    def _foreground_labels(self) -> list[int]:
+        """All labels but background and ignore label."""
+        return [int(label) for label in self.label_manager.all_labels if label != 0]
+
     def _checked_lesion_labels(self) -> tuple[int, ...] | None:
         """``lesion_labels``; ``SmallSegError`` if the data set has no such label."""
         if self.lesion_labels is None:
             return None
-        known = [label for label in self.label_manager.all_labels if label != 0]
+        known = self._foreground_labels()
         if not self.lesion_labels or not set(self.lesion_labels) <= set(known):
             raise SmallSegError(
                 f"lesion_labels of {type(self).__name__} is {list(self.lesion_labels)}, but the labels of the data set "
@@ -143,9 +147,8 @@ class CurriculumMixin:
         """For regions: those that hold nothing but lesion labels. ``SmallSegError`` if there are none."""
         if labels is None or not self.label_manager.has_regions:
             return None
-        regions = [
-            {region} if isinstance(region, int) else set(region) for region in self.label_manager.foreground_regions
-        ]
+        # A region is a label or a tuple of them.
+        regions = [set(np.atleast_1d(region).tolist()) for region in self.label_manager.foreground_regions]
         channels = tuple(index for index, region in enumerate(regions) if region <= set(labels))
         if not channels:
             raise SmallSegError(
@@ -164,7 +167,7 @@ class CurriculumMixin:
 
     def _lesion_fractions(self, dataset: nnUNetBaseDataset) -> dict[str, float]:
         """Lesion fraction of each training case; the processes share the work."""
-        labels = self._checked_lesion_labels() or tuple(label for label in self.label_manager.all_labels if label != 0)
+        labels = self._checked_lesion_labels() or self._foreground_labels()
         folder = Path(self.preprocessed_dataset_folder)
         # Not inside that folder: nnU-Net tells the format of its data by the endings there.
         file = folder.parent / f"smallseg_lesion_fractions_{folder.name}.json"

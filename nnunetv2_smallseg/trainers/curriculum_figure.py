@@ -17,6 +17,8 @@ __all__ = ["GROUP_COLOURS", "draw_mean_weights"]
 # Told apart with every kind of colour vision (Okabe and Ito); grey for what is no lesion.
 GROUP_COLOURS = {"small": "#D55E00", "medium": "#009E73", "large": "#0072B2", "no lesion": "#8A8A8A"}
 QUIET = "#6B6B6B"
+# With many cases no weight exceeds 1 / 0.52, and a fixed scale lets pictures be compared.
+HIGHEST_SHOWN = 2.0
 
 
 def draw_mean_weights(file: Path, history: Mapping[str, Sequence[float]], num_epochs: int) -> None:
@@ -35,7 +37,7 @@ def draw_mean_weights(file: Path, history: Mapping[str, Sequence[float]], num_ep
         axes = figure.add_subplot()
         last = max(num_epochs - 1, 1)
         turns = (0, EASY_UNTIL, HARD_FROM, 1)
-        for start, end, name in zip(turns[:-1], turns[1:], ("easy", "turning", "hard cases first"), strict=True):
+        for start, end, name in zip(turns[:-1], turns[1:], ("easy first", "turning", "hard first"), strict=True):
             left, right = min(start * num_epochs, last), min(end * num_epochs, last)
             axes.axvspan(left, right, color="#F2F2F2" if name == "turning" else "white", zorder=0, linewidth=0)
             axes.text(
@@ -48,9 +50,10 @@ def draw_mean_weights(file: Path, history: Mapping[str, Sequence[float]], num_ep
             marker = "o" if len(weights) <= 30 else None
             axes.plot(
                 epochs, weights, color=GROUP_COLOURS[group], linewidth=2, marker=marker, markersize=3.5, label=group,
-                zorder=3,
+                zorder=3, clip_on=False,
             )  # fmt: skip
         axes.set_xlim(0, last)
+        axes.set_ylim(0, HIGHEST_SHOWN)
         axes.set_xlabel("epoch")
         axes.set_ylabel("mean weight in the loss")
         axes.xaxis.get_major_locator().set_params(integer=True)
