@@ -232,6 +232,19 @@ def test_a_checkpoint_without_state_starts_from_the_sizes(nnunet_folders, tmp_pa
     assert [math.isnan(value) for value in values] == [True, True, False]
 
 
+def test_a_checkpoint_with_foreign_types_is_left_as_it_is(nnunet_folders, tmp_path):
+    trainer = make(nnUNetTrainerCurriculum, nnunet_folders)
+    trainer.on_train_start()
+    trainer.my_init_kwargs["anything"] = Path("anywhere")
+    trainer.save_checkpoint(str(tmp_path / "checkpoint.pth"))
+    assert "left without state of the curriculum" in log_of(trainer)
+    resumed = make(nnUNetTrainerCurriculum, nnunet_folders)
+    resumed.load_checkpoint(str(tmp_path / "checkpoint.pth"))
+    assert "cannot be read" in log_of(resumed)
+    resumed.on_train_start()
+    assert "it starts from the lesion sizes" in log_of(resumed)
+
+
 def test_a_checkpoint_of_other_cases(nnunet_folders, tmp_path):
     trainer = make(nnUNetTrainerCurriculum, nnunet_folders)
     trainer.on_train_start()

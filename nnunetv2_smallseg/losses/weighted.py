@@ -302,7 +302,9 @@ class SampleWeightedLoss(nn.Module):
             lesion (B,).
     """
 
-    def __init__(self, loss: WeightedDiceCELoss | WeightedDiceBCELoss, deep_supervision: nn.Module | None = None):
+    def __init__(
+        self, loss: WeightedDiceCELoss | WeightedDiceBCELoss, deep_supervision: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.loss = loss
         self.deep_supervision = deep_supervision

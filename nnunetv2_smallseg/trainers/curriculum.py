@@ -301,7 +301,7 @@ class CurriculumMixin:
         try:
             # Nothing but the state is read from the disk here.
             self._restored_state = _load(filename_or_checkpoint, mmap=True).get(STATE_KEY)
-        except pickle.UnpicklingError as error:
+        except (pickle.UnpicklingError, RuntimeError) as error:  # foreign types, or a format that cannot be mapped
             self._restored_state = None
             self.print_to_log_file(f"Curriculum: the state in {filename_or_checkpoint} cannot be read: {error}")
 
