@@ -269,16 +269,28 @@ SYSTEMS: tuple[System, ...] = (
         ),
         trainers=(
             Trainer(
-                name="nnUNetTrainerS3MambaNoCurriculum",
+                name="nnUNetTrainerS3Mamba",
                 network="S3Mamba",
                 weights=None,
-                description="Random start, all cases weighted alike",
+                description="Random start, curriculum",
+            ),
+            Trainer(
+                name="nnUNetTrainerS3MambaSmall",
+                network="S3MambaSmall",
+                weights=None,
+                description="Random start, curriculum",
             ),
             Trainer(
                 name="nnUNetTrainerS3MambaPretrained",
                 network="S3Mamba",
                 weights="vmamba_small_imagenet",
-                description="ImageNet weights, all cases weighted alike",
+                description="ImageNet weights, curriculum",
+            ),
+            Trainer(
+                name="nnUNetTrainerS3MambaNoCurriculum",
+                network="S3Mamba",
+                weights=None,
+                description="Random start, all cases weighted alike",
             ),
             Trainer(
                 name="nnUNetTrainerCurriculum",

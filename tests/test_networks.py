@@ -190,7 +190,7 @@ def test_encoder_parameters_belong_to_the_network(entry):
 def test_compiles_to_one_graph(entry, training):
     torch._dynamo.reset()  # networks that share code count as recompilations, of which a process may do eight
     # Random draws differ between eager and compiled code.
-    network = without_stochastic_depth(build(entry)).train(training)
+    network = without_stochastic_depth(build(entry, **entry.small)).train(training)
     image = torch.randn(1, 1, 32, 32)
     # The back end "aot_eager" traces forward and backward without generating code, which would take minutes.
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")

@@ -9,8 +9,10 @@ from nnunetv2_smallseg.trainers.mamba_ahnet import (
     nnUNetTrainerMambaAHNetRecon,
 )
 from nnunetv2_smallseg.trainers.s3_mamba import (
+    nnUNetTrainerS3Mamba,
     nnUNetTrainerS3MambaNoCurriculum,
     nnUNetTrainerS3MambaPretrained,
+    nnUNetTrainerS3MambaSmall,
 )
 from nnunetv2_smallseg.trainers.swin_umamba import (
     nnUNetTrainerSwinUMamba,
@@ -26,8 +28,10 @@ __all__ = [
     "nnUNetTrainerHUNet",
     "nnUNetTrainerMambaAHNet",
     "nnUNetTrainerMambaAHNetRecon",
+    "nnUNetTrainerS3Mamba",
     "nnUNetTrainerS3MambaNoCurriculum",
     "nnUNetTrainerS3MambaPretrained",
+    "nnUNetTrainerS3MambaSmall",
     "nnUNetTrainerSwinUMamba",
     "nnUNetTrainerSwinUMambaD",
     "nnUNetTrainerSwinUMambaDScratch",

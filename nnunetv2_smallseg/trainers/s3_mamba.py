@@ -8,16 +8,24 @@ images resized to 256 x 256, at most 600 epochs. Here:
 - Batch, patch, number of epochs and augmentation are nnU-Net's, as is the loss, which the paper does not name.
 - The start is random unless a trainer says otherwise: without the depthwise convolution the features are not those that
   VMamba-S's weights were trained for.
+- The paper's regularised curriculum is ``CurriculumMixin``; ``...NoCurriculum`` does without it.
 - Outputs at lower resolutions are supervised; the paper does not speak of deep supervision. It gives the class maps of
   the tensor attention their meaning and the attention a gradient from the first step on.
 """
 
 from torch import nn
 
-from nnunetv2_smallseg.architectures.s3_mamba import S3Mamba
+from nnunetv2_smallseg.architectures.s3_mamba import S3Mamba, S3MambaSmall
 from nnunetv2_smallseg.trainers.base import SmallSegTrainer, network_builder
+from nnunetv2_smallseg.trainers.curriculum import CurriculumMixin
 
-__all__ = ["S3MambaTrainer", "nnUNetTrainerS3MambaNoCurriculum", "nnUNetTrainerS3MambaPretrained"]
+__all__ = [
+    "S3MambaTrainer",
+    "nnUNetTrainerS3Mamba",
+    "nnUNetTrainerS3MambaNoCurriculum",
+    "nnUNetTrainerS3MambaPretrained",
+    "nnUNetTrainerS3MambaSmall",
+]
 
 
 class S3MambaTrainer(SmallSegTrainer):
@@ -36,11 +44,21 @@ class S3MambaTrainer(SmallSegTrainer):
         return super()._build_loss()
 
 
-class nnUNetTrainerS3MambaNoCurriculum(S3MambaTrainer):
-    """S³-Mamba from random weights, all cases weighted alike."""
+class nnUNetTrainerS3Mamba(CurriculumMixin, S3MambaTrainer):
+    """S³-Mamba from random weights, with the curriculum."""
 
 
-class nnUNetTrainerS3MambaPretrained(S3MambaTrainer):
-    """S³-Mamba from ImageNet weights, as in the paper."""
+class nnUNetTrainerS3MambaSmall(CurriculumMixin, S3MambaTrainer):
+    """The small S³-Mamba from random weights, with the curriculum."""
+
+    build_network_architecture = staticmethod(network_builder(S3MambaSmall))
+
+
+class nnUNetTrainerS3MambaPretrained(CurriculumMixin, S3MambaTrainer):
+    """S³-Mamba from ImageNet weights, with the curriculum, as in the paper."""
 
     weights = "vmamba_small_imagenet"
+
+
+class nnUNetTrainerS3MambaNoCurriculum(S3MambaTrainer):
+    """S³-Mamba from random weights, all cases weighted alike."""
