@@ -232,6 +232,27 @@ SYSTEMS: tuple[System, ...] = (
             ),
         ),
     ),
+    System(
+        name="STS-Net",
+        paper=Paper(
+            title="A novel framework for segmentation of small targets in medical images",
+            venue="Scientific Reports 2025",
+            url="https://doi.org/10.1038/s41598-025-94437-9",
+        ),
+        networks=(
+            Network(
+                name="STSNet",
+                module="nnunetv2_smallseg.architectures.sts_net",
+                stride=8,
+                deep_supervision_strides=(1,),
+                parameters={(1, 14): 39_102_720, (3, 2): 39_105_908, (1, 2): 39_099_636, (3, 1): 39_105_651},
+                description="ResNeXt50 encoder with channel attention, DeepLabV3 decoder",
+                reference="sts_net",
+                small={"encoder_name": "resnet18", "decoder_channels": 16},
+            ),
+        ),
+        trainers=(),
+    ),
 )
 
 
