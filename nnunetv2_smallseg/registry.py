@@ -10,7 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["SYSTEMS", "Network", "Paper", "System", "Trainer", "network", "networks", "trainer", "trainers"]
+__all__ = [
+    "SYSTEMS",
+    "Network",
+    "Paper",
+    "System",
+    "Trainer",
+    "network",
+    "networks",
+    "trainer",
+    "trainers",
+    "trainers_without_weights",
+]
 
 
 @dataclass(frozen=True)
@@ -251,7 +262,32 @@ SYSTEMS: tuple[System, ...] = (
                 small={"encoder_name": "resnet18", "decoder_channels": 16},
             ),
         ),
-        trainers=(),
+        trainers=(
+            Trainer(
+                name="nnUNetTrainerSTSNet",
+                network="STSNet",
+                weights=None,
+                description="Random start, slices with small lesions amplified",
+            ),
+            Trainer(
+                name="nnUNetTrainerSTSNetNoAmplification",
+                network="STSNet",
+                weights=None,
+                description="Random start, slices drawn uniformly without amplification",
+            ),
+            Trainer(
+                name="nnUNetTrainerSTSNetPretrained",
+                network="STSNet",
+                weights="resnext50_imagenet_v1",
+                description="ImageNet weights, slices with small lesions amplified",
+            ),
+            Trainer(
+                name="nnUNetTrainerAmplification",
+                network=None,
+                weights=None,
+                description="nnU-Net's network and recipe, slices with small lesions amplified",
+            ),
+        ),
     ),
 )
 
@@ -274,3 +310,9 @@ def network(name: str) -> Network:
 def trainer(name: str) -> Trainer:
     """The trainer entry called ``name``; ``KeyError`` if there is none."""
     return trainers()[name]
+
+
+def trainers_without_weights(weights: str) -> list[str]:
+    """Names of the trainers that start at random the networks for which others read the weight file ``weights``."""
+    fitting = {trainer.network for trainer in trainers().values() if trainer.weights == weights}
+    return [trainer.name for trainer in trainers().values() if trainer.weights is None and trainer.network in fitting]

@@ -1,0 +1,1 @@
+"""What the training sees: which slices are drawn, and which part of them."""
