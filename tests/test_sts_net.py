@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import hashlib
 import subprocess
 import sys
 
@@ -13,6 +15,11 @@ from torch import nn
 from nnunetv2_smallseg import registry
 from nnunetv2_smallseg.architectures.blocks.esca import ESCA, channel_kernel_size
 from nnunetv2_smallseg.architectures.sts_net import STSNet
+from nnunetv2_smallseg.errors import WeightsError
+from nnunetv2_smallseg.pretrained import entries, store
+from nnunetv2_smallseg.pretrained.load import load_pretrained
+from nnunetv2_smallseg.pretrained.resnext import load_resnext50
+from nnunetv2_smallseg.pretrained.vmamba import adapt_input_channels_of
 
 SMALL = registry.network("STSNet").small
 
@@ -117,3 +124,95 @@ def test_library_is_imported_when_the_network_is_built():
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
+
+
+# -------------------------------------------------------------------------------------------------- ImageNet weights
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> dict[str, torch.Tensor]:
+    """A state dict in torchvision's layout, with made-up values."""
+    from torchvision.models import resnext50_32x4d
+
+    with torch.device("meta"):
+        layout = resnext50_32x4d().state_dict()
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.rand(tensor.shape, generator=generator) if tensor.is_floating_point() else torch.tensor(7)
+        for name, tensor in layout.items()
+    }
+
+
+@pytest.mark.parametrize("counters", [True, False])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_imagenet_weights_arrive_completely(checkpoint, channels, counters):
+    if not counters:  # files of early versions of PyTorch
+        checkpoint = {name: tensor for name, tensor in checkpoint.items() if "num_batches" not in name}
+    network = STSNet(channels, 2)
+    untouched = {name: tensor.clone() for name, tensor in network.state_dict().items() if "encoder" not in name}
+    report = load_resnext50(network, checkpoint)
+    loaded = network.encoder.state_dict()
+    for name, tensor in checkpoint.items():
+        if name not in ("conv1.weight", "fc.weight", "fc.bias") and "num_batches" not in name:
+            assert torch.equal(loaded[name], tensor), name
+    assert torch.equal(loaded["conv1.weight"], adapt_input_channels_of(checkpoint["conv1.weight"], channels))
+    assert report.missing == ()
+    assert report.adapted == (() if channels == 3 else ("encoder.conv1.weight",))
+    assert len(report.matched) + len(report.adapted) == sum("num_batches" not in name for name in loaded)
+    assert set(report.unused) >= {"fc.weight", "fc.bias"}
+    assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in untouched.items())
+
+
+def test_first_convolution_stays_random_on_demand(checkpoint):
+    network = STSNet(1, 2)
+    before = network.encoder.conv1.weight.clone()
+    report = load_resnext50(network, checkpoint, adapt_input_channels=False)
+    assert torch.equal(network.encoder.conv1.weight, before)
+    assert report.missing == ("encoder.conv1.weight",)
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra", "shape"])
+def test_other_checkpoints_change_nothing(checkpoint, damage):
+    checkpoint = dict(checkpoint)
+    if damage == "missing":
+        del checkpoint["layer4.2.bn3.weight"]
+    elif damage == "extra":
+        checkpoint["layer4.3.bn3.weight"] = torch.ones(2048)
+    else:
+        checkpoint["layer1.0.conv2.weight"] = torch.ones(64, 64, 3, 3)
+    network = STSNet(3, 2)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(WeightsError, match="nothing was loaded"):
+        load_resnext50(network, checkpoint)
+    assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_small_encoders_are_refused(checkpoint):
+    with pytest.raises(WeightsError, match="default encoder"):
+        load_resnext50(small(), checkpoint)
+    with pytest.raises(TypeError, match="Linear"):
+        load_resnext50(nn.Linear(1, 1), checkpoint)
+
+
+def test_loading_by_name(checkpoint, tmp_path):
+    torch.save(checkpoint, tmp_path / "resnext.pth")
+    network = STSNet(3, 2)
+    report = load_pretrained(network, "resnext50_imagenet_v1", file=tmp_path / "resnext.pth")
+    assert "ResNeXt50-32x4d" in report.summary()
+    assert torch.equal(network.encoder.layer1[0].conv1.weight, checkpoint["layer1.0.conv1.weight"])
+
+
+def test_published_checksum_is_a_prefix(monkeypatch, tmp_path):
+    content = b"weights"
+    (tmp_path / "file").write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    entry = dataclasses.replace(entries.entry("resnext50_imagenet_v1"), size_bytes=len(content), sha256=digest[:8])
+    assert store.check_file(tmp_path / "file", entry) is None
+    other = dataclasses.replace(entry, sha256="00000000")
+    assert "should be 00000000" in store.check_file(tmp_path / "file", other)
+
+
+def test_missing_weights_name_the_trainers_that_need_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("SMALLSEG_WEIGHTS", str(tmp_path))
+    with pytest.raises(WeightsError, match="random start: nnUNetTrainerSTSNet, nnUNetTrainerSTSNetNoAmplification$"):
+        store.resolve("resnext50_imagenet_v1")
