@@ -214,5 +214,5 @@ def test_published_checksum_is_a_prefix(monkeypatch, tmp_path):
 
 def test_missing_weights_name_the_trainers_that_need_none(monkeypatch, tmp_path):
     monkeypatch.setenv("SMALLSEG_WEIGHTS", str(tmp_path))
-    with pytest.raises(WeightsError, match="random start: nnUNetTrainerSTSNet, nnUNetTrainerSTSNetNoAmplification$"):
+    with pytest.raises(WeightsError, match=r"random start: nnUNetTrainerSTSNet, nnUNetTrainerSTSNetNoAmplification$"):
         store.resolve("resnext50_imagenet_v1")
