@@ -593,7 +593,23 @@ def test_mixin_with_lesion_labels_in_a_trainer_of_ones_own(nnunet_folders):
     table = trainer.get_dataloaders()[0].data_loader.slices
     assert not table.areas.any()  # the phantom has no label 2
     assert table.thresholds == (0, 0)
+    trainer.configuration_manager.configuration["lesion_labels"] = [1]  # the plans come first
+    assert trainer.get_dataloaders()[0].data_loader.slices.areas.any()
     trainer = make(Tumours, nnunet_folders)
-    trainer.initialize()
-    with pytest.raises(CommandStopped, match=r"Tumours.lesion_labels is \[2\].*\[1\]"):
+    with pytest.raises(CommandStopped, match=r"lesion_labels of Tumours is \(2,\).*\[1\]"):
+        trainer.get_dataloaders()
+    for wrong in ([], [3], 1, "1"):
+        trainer.configuration_manager.configuration["lesion_labels"] = wrong
+        with pytest.raises(CommandStopped, match=r"lesion_labels of the plans' configuration is .*\[1\]"):
+            trainer.get_dataloaders()
+
+
+def test_volumes_are_refused(nnunet_folders):
+    class Volumes(AmplificationMixin, nnUNetTrainer):
+        pass
+
+    plans = nnunet_folders.plans("nnUNetPlans")
+    plans["continue_training"] = False
+    trainer = Volumes(plans, "3d_fullres", 0, nnunet_folders.dataset_json(), torch.device("cpu"))
+    with pytest.raises(CommandStopped, match=r"'3d_fullres' is three-dimensional.*2.5d"):
         trainer.get_dataloaders()

@@ -10,6 +10,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2_smallseg.data.amplified_loader import AmplifiedDataLoader
 from nnunetv2_smallseg.data.slice_table import SliceTable, read_counts
 from nnunetv2_smallseg.errors import SmallSegError
+from nnunetv2_smallseg.plans.configurations import is_volume
 from nnunetv2_smallseg.trainers.slabs import SlabTrainer, stop_on_user_error
 
 __all__ = ["AmplificationMixin", "nnUNetTrainerAmplification"]
@@ -24,7 +25,8 @@ class AmplificationMixin:
     Attributes:
         amplify: Whether slices with small lesions count six times. If False, slices are drawn in the same way, but each
             counts once: the trainer without amplification to compare with.
-        lesion_labels: Labels that count as lesion, for data sets that label organs, too; None for all labels.
+        lesion_labels: Labels that count as lesion, for data sets that label organs, too; None for all labels. A
+            configuration of the plans may hold others under ``lesion_labels``, which come first.
     """
 
     amplify: bool = True
@@ -32,6 +34,9 @@ class AmplificationMixin:
 
     def get_dataloaders(self):
         """nnU-Net's data loaders, with the loader of the training replaced."""
+        with stop_on_user_error():
+            self._refuse_volumes()
+            self._lesion_labels()
         training, validation = super().get_dataloaders()
         if isinstance(training, SingleThreadedAugmenter):
             training.data_loader = self._amplified(training.data_loader)
@@ -41,6 +46,13 @@ class AmplificationMixin:
             training.restart()
         return training, validation
 
+    def _refuse_volumes(self) -> None:
+        if is_volume(self.configuration_manager.configuration):
+            raise SmallSegError(
+                f"the configuration {self.configuration_name!r} is three-dimensional, but amplification works on "
+                "slices: use 2d or 2.5d"
+            )
+
     def _lesion_labels(self) -> list[int]:
         """The labels that count as lesion.
 
@@ -48,25 +60,25 @@ class AmplificationMixin:
             SmallSegError: If ``lesion_labels`` names others than the data set has, or none.
         """
         foreground = [int(label) for label in self.label_manager.foreground_labels]
-        chosen = foreground if self.lesion_labels is None else [int(label) for label in self.lesion_labels]
-        if not chosen or not set(chosen) <= set(foreground):
+        configuration = self.configuration_manager.configuration
+        chosen = configuration.get("lesion_labels", self.lesion_labels)
+        if chosen is None:
+            return foreground
+        if not isinstance(chosen, Sequence) or not chosen or not set(chosen) <= set(foreground):
+            place = "the plans' configuration" if "lesion_labels" in configuration else f"{type(self).__name__}"
             raise SmallSegError(
-                f"{type(self).__name__}.lesion_labels is {chosen}, but must name some of the labels {foreground} of "
-                f"{self.plans_manager.dataset_name}: change it in the trainer's class"
+                f"lesion_labels of {place} is {chosen}, but must list some of the labels {foreground} of "
+                f"{self.plans_manager.dataset_name}: change it there"
             )
-        return chosen
+        return list(chosen)
 
     def _amplified(self, loader: nnUNetDataLoader) -> AmplifiedDataLoader:
         """The loader that draws from the amplified training set and else does what ``loader`` does."""
-        with stop_on_user_error():
-            labels = self._lesion_labels()
-            self.print_to_log_file("Counting the lesion pixels of every slice, once for each data set")
-            slices = SliceTable.build(
-                read_counts(loader._data),
-                labels,
-                ignore_label=self.label_manager.ignore_label,
-                amplify=self.amplify,
-            )
+        labels = self._lesion_labels()
+        self.print_to_log_file("Counting the lesion pixels of every slice, once for each data set")
+        slices = SliceTable.build(
+            read_counts(loader._data), labels, ignore_label=self.label_manager.ignore_label, amplify=self.amplify
+        )
         self.print_to_log_file(slices.summary())
         axes = slice(1, None) if loader.patch_size_was_2d else slice(None)
         return AmplifiedDataLoader(
