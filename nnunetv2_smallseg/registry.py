@@ -10,7 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["SYSTEMS", "Network", "Paper", "System", "Trainer", "network", "networks", "trainer", "trainers"]
+__all__ = [
+    "SYSTEMS",
+    "Network",
+    "Paper",
+    "System",
+    "Trainer",
+    "network",
+    "networks",
+    "trainer",
+    "trainers",
+    "trainers_without_weights",
+]
 
 
 @dataclass(frozen=True)
@@ -300,6 +311,52 @@ SYSTEMS: tuple[System, ...] = (
             ),
         ),
     ),
+    System(
+        name="STS-Net",
+        paper=Paper(
+            title="A novel framework for segmentation of small targets in medical images",
+            venue="Scientific Reports 2025",
+            url="https://doi.org/10.1038/s41598-025-94437-9",
+        ),
+        networks=(
+            Network(
+                name="STSNet",
+                module="nnunetv2_smallseg.architectures.sts_net",
+                stride=8,
+                deep_supervision_strides=(1,),
+                parameters={(1, 14): 39_102_720, (3, 2): 39_105_908, (1, 2): 39_099_636, (3, 1): 39_105_651},
+                description="ResNeXt50 encoder with channel attention, DeepLabV3 decoder",
+                reference="sts_net",
+                small={"encoder_name": "resnet18", "decoder_channels": 16},
+            ),
+        ),
+        trainers=(
+            Trainer(
+                name="nnUNetTrainerSTSNet",
+                network="STSNet",
+                weights=None,
+                description="Random start, slices with small lesions amplified",
+            ),
+            Trainer(
+                name="nnUNetTrainerSTSNetNoAmplification",
+                network="STSNet",
+                weights=None,
+                description="Random start, slices drawn uniformly without amplification",
+            ),
+            Trainer(
+                name="nnUNetTrainerSTSNetPretrained",
+                network="STSNet",
+                weights="resnext50_imagenet_v1",
+                description="ImageNet weights, slices with small lesions amplified",
+            ),
+            Trainer(
+                name="nnUNetTrainerAmplification",
+                network=None,
+                weights=None,
+                description="nnU-Net's network and recipe, slices with small lesions amplified",
+            ),
+        ),
+    ),
 )
 
 
@@ -321,3 +378,9 @@ def network(name: str) -> Network:
 def trainer(name: str) -> Trainer:
     """The trainer entry called ``name``; ``KeyError`` if there is none."""
     return trainers()[name]
+
+
+def trainers_without_weights(weights: str) -> list[str]:
+    """Names of the trainers that start at random the networks for which others read the weight file ``weights``."""
+    fitting = {trainer.network for trainer in trainers().values() if trainer.weights == weights}
+    return [trainer.name for trainer in trainers().values() if trainer.weights is None and trainer.network in fitting]

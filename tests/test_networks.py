@@ -37,10 +37,12 @@ def tensors_of(output) -> list[torch.Tensor]:
     return [output] if isinstance(output, torch.Tensor) else [tensor for part in output for tensor in tensors_of(part)]
 
 
-def without_stochastic_depth(network: torch.nn.Module) -> torch.nn.Module:
+def without_random_draws(network: torch.nn.Module) -> torch.nn.Module:
     for module in network.modules():
         if hasattr(module, "rate"):
             module.rate = 0.0
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     return network
 
 
@@ -62,7 +64,7 @@ def test_registry_tells_the_truth(entry):
 
 @every_network
 def test_every_parameter_gets_a_finite_gradient(entry):
-    network = without_stochastic_depth(build(entry, channels=2))  # it would silence whole blocks
+    network = without_random_draws(build(entry, channels=2))  # it would silence whole blocks
     outputs = tensors_of(network(torch.randn(1, 2, 64, 64)))
     sum(output.square().mean() for output in outputs).backward()
     for name, parameter in network.named_parameters():
@@ -190,7 +192,7 @@ def test_encoder_parameters_belong_to_the_network(entry):
 def test_compiles_to_one_graph(entry, training):
     torch._dynamo.reset()  # networks that share code count as recompilations, of which a process may do eight
     # Random draws differ between eager and compiled code.
-    network = without_stochastic_depth(build(entry, **entry.small)).train(training)
+    network = without_random_draws(build(entry, **entry.small)).train(training)
     image = torch.randn(1, 1, 32, 32)
     # The back end "aot_eager" traces forward and backward without generating code, which would take minutes.
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")

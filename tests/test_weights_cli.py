@@ -135,7 +135,7 @@ def test_missing_file_says_what_to_do(folder):
         PUBLISHED.manual_url,
         f"put the file at {folder / PUBLISHED.file_name}",
         PUBLISHED.variable,
-        "...Scratch",
+        "nnUNetTrainerSwinUMambaScratch",
     ):
         assert part in str(error.value)
     assert not folder.exists()

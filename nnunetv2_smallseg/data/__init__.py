@@ -1,1 +1,1 @@
-"""Which patches are drawn, and what each case weighs in the loss."""
+"""What the training sees: which slices are drawn, which part of them, and what each case weighs."""

@@ -25,7 +25,7 @@ class WeightEntry:
         urls: Direct addresses, tried in this order.
         manual_url: Address that needs a browser, or None.
         size_bytes: Length of the file.
-        sha256: Checksum of the file, hexadecimal.
+        sha256: Checksum of the file, hexadecimal; its first digits where no more is published.
         sha256_source: Who states size and checksum.
         licence: Licence of the file.
         source: Page that publishes the file.
@@ -99,6 +99,23 @@ ENTRIES: tuple[WeightEntry, ...] = (
         layout="vmamba_small",
         imagenet_top1=83.5,
         fits=("S3Mamba",),
+    ),
+    WeightEntry(
+        name="resnext50_imagenet_v1",
+        description="ResNeXt50-32x4d of torchvision, first recipe, ImageNet-1K",
+        file_names=("resnext50_32x4d-7cdf4587.pth",),
+        urls=("https://download.pytorch.org/models/resnext50_32x4d-7cdf4587.pth",),
+        manual_url=None,
+        size_bytes=100_441_675,
+        sha256="7cdf4587",
+        sha256_source="torchvision, which puts the first digits into the file's name; the size is stated by timm",
+        licence="BSD-3-Clause",
+        source="https://github.com/pytorch/vision",
+        paper="Aggregated Residual Transformations for Deep Neural Networks, CVPR 2017, "
+        "https://arxiv.org/abs/1611.05431",
+        layout="resnext50",
+        imagenet_top1=77.618,
+        fits=("STSNet",),
     ),
 )
 

@@ -10,12 +10,13 @@ from nnunetv2_smallseg.errors import WeightsError
 from nnunetv2_smallseg.pretrained.checkpoint import read_checkpoint
 from nnunetv2_smallseg.pretrained.entries import entry
 from nnunetv2_smallseg.pretrained.report import LoadReport
+from nnunetv2_smallseg.pretrained.resnext import load_resnext50
 from nnunetv2_smallseg.pretrained.store import resolve
 from nnunetv2_smallseg.pretrained.vmamba import load_vmamba_small, load_vmamba_tiny
 
 __all__ = ["load_pretrained"]
 
-LOADERS = {"vmamba_tiny": load_vmamba_tiny, "vmamba_small": load_vmamba_small}
+LOADERS = {"vmamba_tiny": load_vmamba_tiny, "vmamba_small": load_vmamba_small, "resnext50": load_resnext50}
 
 
 def load_pretrained(

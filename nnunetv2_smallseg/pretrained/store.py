@@ -24,6 +24,7 @@ from pathlib import Path
 import platformdirs
 from tqdm import tqdm
 
+from nnunetv2_smallseg import registry
 from nnunetv2_smallseg.errors import WeightsError
 from nnunetv2_smallseg.pretrained.entries import WeightEntry, entry
 
@@ -189,7 +190,7 @@ def _difference(size: int, sha256: str, weights: WeightEntry) -> str | None:
     """How size and checksum differ from those of ``weights``; None if they do not."""
     if size != weights.size_bytes:
         return f"it has {size} bytes and should have {weights.size_bytes}"
-    if sha256 != weights.sha256:
+    if not sha256.startswith(weights.sha256):
         return f"its sha256 is {sha256} and should be {weights.sha256} (stated by {weights.sha256_source})"
     return None
 
@@ -236,11 +237,11 @@ def _by_hand(weights: WeightEntry, target: Path) -> str:
 
 def _absent_message(weights: WeightEntry, target: Path) -> str:
     """What to do about a missing file."""
+    trainers = registry.trainers_without_weights(weights.name)
+    random_start = f"\n  - train the same network from a random start: {', '.join(trainers)}" if trainers else ""
     return (
         f"the weights '{weights.name}' are not on this machine: {target} does not exist. Do one of these:\n"
         f"  - on a machine with network that shares this folder, run `smallseg weights fetch {weights.name}`\n"
         f"  - {_by_hand(weights, target)}\n"
-        f"  - set {weights.variable} to a copy you already have\n"
-        "  - train from a random start with a trainer that needs no weights, such as '...Scratch' (`smallseg trainers` "
-        "lists them)"
+        f"  - set {weights.variable} to a copy you already have{random_start}"
     )
