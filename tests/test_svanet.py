@@ -129,15 +129,15 @@ def test_evaluation(file, reference, deterministic_weights, monkeypatch):
     network.encoder.register_forward_hook(
         lambda _module, _inputs, output: found.update({f"encoder_stage{i}": x for i, x in enumerate(output, 1)})
     )
-    for method, key in (("guide", "guided{}"), ("classify", "logits_lowres")):
-        owner = network if method == "guide" else network.decoder
+    guide, classify = network.guide, network.decoder.classify
 
-        def recorded(*inputs, original=getattr(owner, method), key=key):
-            output = original(*inputs)
-            found.update({key.format(i): x for i, x in enumerate(output, 1)} if "{}" in key else {key: output})
-            return output
+    def recorded_guide(maps):
+        guided = guide(maps)
+        found.update({f"guided{i}": x for i, x in enumerate(guided, 1)})
+        return guided
 
-        monkeypatch.setattr(owner, method, recorded)
+    monkeypatch.setattr(network, "guide", recorded_guide)
+    monkeypatch.setattr(network.decoder, "classify", lambda maps: found.setdefault("logits_lowres", classify(maps)))
     image = torch.from_numpy(deterministic_weights.input_array(tuple(facts["input_shape"])))
     found["output"] = network(image)
     assert set(found) == set(facts["order"])
@@ -173,9 +173,7 @@ TRAINING_FILES = ["train_litesvanet_paper_64x64", "train_litesvanet_released_64x
 def test_training_step(file, reference, deterministic_weights):
     expected = np.load(reference / f"{file}.npz")
     facts = json.loads(str(expected["meta"]))
-    network = build_reference_network(
-        facts["network"], facts["fusion"], facts["design_size_S"], deterministic_weights
-    )
+    network = build_reference_network(facts["network"], facts["fusion"], facts["design_size_S"], deterministic_weights)
     fix_random_choices(network)
     network.double().train()
     batch, _, height, width = facts["input_shape"]
@@ -258,8 +256,12 @@ def load_block(block: nn.Module, shapes: dict, renamings: tuple, deterministic_w
 BLOCKS = {
     "block_aspp eval": (
         lambda: ASPP(48, 24),
-        (("Convs.4.AsppPool.conv_1x1.", "pooled_branch."), ("Convs.", "branches."), ("Project.", "project."))
-        + CONV_UNIT,
+        (
+            ("Convs.4.AsppPool.conv_1x1.", "pooled_branch."),
+            ("Convs.", "branches."),
+            ("Project.", "project."),
+            *CONV_UNIT,
+        ),
     ),
     "block_assemformer even_eval": (lambda: AssemFormer(32), ASSEM_FORMER + CONV_UNIT),
     "block_assemformer even_train": (lambda: AssemFormer(32), ASSEM_FORMER + CONV_UNIT),
@@ -271,8 +273,8 @@ BLOCKS = {
             ("TPConv.2.", "restore."),
             ("TPConv.1.Conv.", "upsample."),
             ("TPConv.1.Bn.", "norm."),
-        )
-        + CONV_UNIT,
+            *CONV_UNIT,
+        ),
     ),
     "block_decoder fuse_full_eval": (
         lambda: nn.Sequential(ConvUnit(64, 32, 3), ConvUnit(32, 32, 1)),
@@ -371,7 +373,8 @@ def test_draws_of_monte_carlo_attention():
     for k in (1, 2, 3):
         for cell in range(k * k):
             permutation = torch.randperm(35)
-            attention.draw = lambda *_, c=(torch.tensor(k), torch.tensor(cell), permutation): c
+            choices = (torch.tensor(k), torch.tensor(cell), permutation)
+            attention.draw = lambda *_, choices=choices: choices
             weights = attention.pixel_weights(5, 7, torch.device("cpu")).float()
             shuffled = image.flatten(2)[..., permutation].unflatten(2, (5, 7))
             pooled = functional.adaptive_avg_pool2d(shuffled, k).flatten()[cell]
@@ -471,7 +474,7 @@ def test_activation_checkpointing_repeats_draws_and_counts_statistics_once(netwo
         torch.testing.assert_close(actual.grad, expected.grad, msg=name)
     for (name, expected), actual in zip(network.named_buffers(), other.buffers(), strict=True):
         torch.testing.assert_close(actual, expected, msg=name)
-    assert all(norm.track_running_stats for norm in other.modules() if isinstance(norm, nn.BatchNorm2d))
+    assert all(norm.momentum == 0.1 for norm in other.modules() if isinstance(norm, nn.BatchNorm2d))
 
 
 @both_networks

@@ -6,6 +6,7 @@ stay tensors: they repeat with a seed and under activation checkpointing, and ``
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -17,13 +18,13 @@ from nnunetv2_smallseg.architectures.blocks.drop_path import DropPath
 
 __all__ = [
     "ASPP",
+    "UNIT_NORM_EPSILON",
     "AssemFormer",
     "ConvUnit",
     "DecoderStep",
     "GuidanceBranch",
     "MonteCarloAttention",
     "Neck",
-    "UNIT_NORM_EPSILON",
     "UpLink",
 ]
 
@@ -271,7 +272,7 @@ class GuidanceBranch(nn.Module):
         widths = (input_channels,) * num_steps + (output_channels,)
         self.steps = nn.ModuleList(
             nn.Sequential(ConvUnit(before, after, 3, stride=2), ConvUnit(after, after, 1))
-            for before, after in zip(widths, widths[1:], strict=False)
+            for before, after in pairwise(widths)
         )
         self.squeezes = nn.ModuleList(nn.Conv2d(width, output_channels, kernel_size=1) for width in widths)
         self.drop_path = DropPath(drop_path_rate)
