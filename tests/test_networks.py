@@ -48,7 +48,7 @@ def without_stochastic_depth(network: torch.nn.Module) -> torch.nn.Module:
 def test_number_of_parameters(entry):
     for (channels, classes), count in entry.parameters.items():
         with torch.device("meta"):
-            network = build(entry, channels, classes)
+            network = build(entry, channels, classes, deep_supervision=entry.published_deep_supervision)
         assert sum(parameter.numel() for parameter in network.parameters()) == count
 
 

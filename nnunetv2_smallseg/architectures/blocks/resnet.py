@@ -100,12 +100,21 @@ class ResNetEncoder(nn.Module):
         return (getattr(self, f"layer{number}") for number in range(1, self.num_layers + 1))
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """(B, C, H, W) -> maps at strides 2 (stem), 4, 8, 16, 32 (layers)."""
-        x = functional.relu(self.bn1(self.conv1(image)))
-        features = [x]
-        x = self.maxpool(x)
+        """(B, C, H, W) -> maps at strides 2 (stem), 4, 8, 16, 32 (layers).
+
+        Stem and first block keep the precision of the weights inside autocast. Their normalisations make up for an
+        image of low contrast (with an epsilon of 1e-3 it takes two or three of them), so the gradient grows by as much
+        on its way back: at a standard deviation of 1e-3 it would leave the range of float16.
+        """
+        with torch.autocast(image.device.type, enabled=False):
+            x = functional.relu(self.bn1(self.conv1(image.to(self.conv1.weight.dtype))))
+            features = [x]
+            x = self._run(self.layer1[0], self.maxpool(x))
         for layer in self.layers:
-            for block in layer:
-                x = checkpointed(block, x) if self.grad_checkpointing and self.training else block(x)
+            for block in layer[1:] if layer is self.layer1 else layer:
+                x = self._run(block, x)
             features.append(x)
         return features
+
+    def _run(self, block: Bottleneck, x: torch.Tensor) -> torch.Tensor:
+        return checkpointed(block, x) if self.grad_checkpointing and self.training else block(x)
