@@ -10,12 +10,13 @@ from nnunetv2_smallseg.errors import WeightsError
 from nnunetv2_smallseg.pretrained.checkpoint import read_checkpoint
 from nnunetv2_smallseg.pretrained.entries import entry
 from nnunetv2_smallseg.pretrained.report import LoadReport
+from nnunetv2_smallseg.pretrained.resnet import load_resnet50
 from nnunetv2_smallseg.pretrained.store import resolve
 from nnunetv2_smallseg.pretrained.vmamba import load_vmamba_small, load_vmamba_tiny
 
 __all__ = ["load_pretrained"]
 
-LOADERS = {"vmamba_tiny": load_vmamba_tiny, "vmamba_small": load_vmamba_small}
+LOADERS = {"resnet50": load_resnet50, "vmamba_tiny": load_vmamba_tiny, "vmamba_small": load_vmamba_small}
 
 
 def load_pretrained(

@@ -11,6 +11,12 @@ from nnunetv2_smallseg.trainers.s3_mamba import (
     nnUNetTrainerS3MambaNoCurriculum,
     nnUNetTrainerS3MambaPretrained,
 )
+from nnunetv2_smallseg.trainers.svanet import (
+    nnUNetTrainerLiteSvANet,
+    nnUNetTrainerLiteSvANetScratch,
+    nnUNetTrainerSvANet,
+    nnUNetTrainerSvANetScratch,
+)
 from nnunetv2_smallseg.trainers.swin_umamba import (
     nnUNetTrainerSwinUMamba,
     nnUNetTrainerSwinUMambaD,
@@ -22,10 +28,14 @@ __all__ = [
     "nnUNetTrainerAHNet",
     "nnUNetTrainerAHNetRecon",
     "nnUNetTrainerHUNet",
+    "nnUNetTrainerLiteSvANet",
+    "nnUNetTrainerLiteSvANetScratch",
     "nnUNetTrainerMambaAHNet",
     "nnUNetTrainerMambaAHNetRecon",
     "nnUNetTrainerS3MambaNoCurriculum",
     "nnUNetTrainerS3MambaPretrained",
+    "nnUNetTrainerSvANet",
+    "nnUNetTrainerSvANetScratch",
     "nnUNetTrainerSwinUMamba",
     "nnUNetTrainerSwinUMambaD",
     "nnUNetTrainerSwinUMambaDScratch",
