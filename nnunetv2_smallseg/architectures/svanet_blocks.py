@@ -143,7 +143,7 @@ class MonteCarloAttention(nn.Module):
             mean = (pixels * (weights / weights.sum())).sum((2, 3), keepdim=True)
         else:
             mean = pixels.mean((2, 3), keepdim=True)
-        return x * self.excite(functional.relu(self.squeeze(mean))).sigmoid()
+        return x * self.excite(functional.relu(self.squeeze(mean.to(x.dtype)))).sigmoid()
 
 
 class SeparableAttentionBlock(nn.Module):
@@ -307,7 +307,7 @@ class GuidanceBranch(nn.Module):
             else:
                 share = (cell_scales == index).to(pooled.dtype) / num_cells
             # The squeeze is linear: averaging its input gives the mean of its output at 1 / num_cells of the cost.
-            mean = (pooled * share).sum((2, 3), keepdim=True)
+            mean = (pooled * share).sum((2, 3), keepdim=True).to(scale.dtype)
             total = total + functional.conv2d(mean, squeeze.weight) + squeeze.bias[:, None, None] * share.sum()
         return total.sigmoid()
 
