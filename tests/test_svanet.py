@@ -445,6 +445,26 @@ def test_one_image_trains(network_class, size):
     assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_weak_images_keep_float16_gradients_finite_at_full_depth(seed):
+    """With stem and first block in float16, each of these draws overflows."""
+    torch.manual_seed(seed)
+    network = SvANet(1, 3, width=8)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = sum(output.float().square().mean() for output in network(1e-3 * torch.randn(1, 1, 32, 32)))
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+
+
+@both_networks
+@torch.no_grad()
+def test_whole_network_in_another_precision(network_class):
+    for dtype in (torch.bfloat16, torch.float64):
+        network = network_class(1, 2, False, design_size=64, **SMALL).to(dtype)
+        for training in (True, False):
+            assert network.train(training)(torch.randn(1, 1, 32, 32, dtype=dtype)).dtype == dtype
+
+
 @both_networks
 def test_heads_of_deep_supervision_exist_only_with_it(network_class):
     image = torch.randn(1, 1, 32, 48)

@@ -59,8 +59,8 @@ class FreezingSchedule(CosineSchedule):
 
     def rate(self, epoch: int) -> float:
         """Learning rate of an epoch, counted from 0; the last one's after the last."""
-        middle = (min(epoch, self.num_epochs - 1) + 0.5) / self.num_epochs
-        return self._published_rate(int(middle * self.published_epochs))
+        twice_the_middle = 2 * min(epoch, self.num_epochs - 1) + 1
+        return self._published_rate(twice_the_middle * self.published_epochs // (2 * self.num_epochs))
 
     def _published_rate(self, epoch: int) -> float:
         """Rate of one of the 100 epochs of the released code."""
