@@ -89,5 +89,6 @@ def _require_agreement(target: Mapping[str, torch.Tensor], source: Mapping[str, 
         problems,
         f"the checkpoint is not the ResNet-50 this network starts from; nothing was loaded. Below 'encoder', "
         f"{len(problems)} of {len(target)} tensors do not agree:",
-        "Use the published file (`smallseg weights fetch resnet50_imagenet_v2`) and the network's default width and depths.",
+        "Use the published file (`smallseg weights fetch resnet50_imagenet_v2`) and a network of the default width and "
+        "depths.",
     )

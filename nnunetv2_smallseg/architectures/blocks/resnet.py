@@ -6,6 +6,7 @@ importing torch, in every worker process of nnU-Net.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -106,7 +107,8 @@ class ResNetEncoder(nn.Module):
         image of low contrast (with an epsilon of 1e-3 it takes two or three of them), so the gradient grows by as much
         on its way back: at a standard deviation of 1e-3 it would leave the range of float16.
         """
-        with torch.autocast(image.device.type, enabled=False):
+        # Autocast knows no meta device, on which shapes are computed.
+        with nullcontext() if image.is_meta else torch.autocast(image.device.type, enabled=False):
             x = functional.relu(self.bn1(self.conv1(image.to(self.conv1.weight.dtype))))
             features = [x]
             x = self._run(self.layer1[0], self.maxpool(x))
