@@ -48,6 +48,8 @@ class Network:
         parameters: (input channels, classes) -> number of parameters of the published network.
         description: One line for tables.
         reference: Folder of its reference outputs below ``shared/reference``.
+        published_deep_supervision: Whether the published network has heads for deep supervision. Parameters and
+            multiply-adds are those of the network built with or without them accordingly.
         small: Constructor options of a small version, for tests and smoke runs.
     """
 
@@ -58,6 +60,7 @@ class Network:
     parameters: dict[tuple[int, int], int]
     description: str
     reference: str
+    published_deep_supervision: bool = True
     small: Mapping = field(default_factory=dict)
 
 
@@ -354,6 +357,67 @@ SYSTEMS: tuple[System, ...] = (
                 network=None,
                 weights=None,
                 description="nnU-Net's network and recipe, slices with small lesions amplified",
+            ),
+        ),
+    ),
+    System(
+        name="SvANet",
+        paper=Paper(
+            title="Exploiting Scale-Variant Attention for Segmenting Small Medical Objects",
+            venue="IEEE TNNLS 2026",
+            url="https://arxiv.org/abs/2407.07720",
+            official_code="https://github.com/anthonyweidai/SvANet",
+            official_commit="state of 2026-01-29",
+            official_licence="MIT",
+        ),
+        networks=(
+            Network(
+                name="SvANet",
+                module="nnunetv2_smallseg.architectures.svanet",
+                stride=32,
+                deep_supervision_strides=(1, 2, 4, 8, 16),
+                parameters={(3, 8): 177_635_576},
+                description="ResNet-50 encoder, scale-variant attention between stages, AssemFormer decoder",
+                reference="svanet",
+                published_deep_supervision=False,
+                small={"width": 8, "depths": (1, 1, 1, 1)},
+            ),
+            Network(
+                name="LiteSvANet",
+                module="nnunetv2_smallseg.architectures.svanet",
+                stride=16,
+                deep_supervision_strides=(1, 2, 4, 8),
+                parameters={(3, 8): 53_040_372},
+                description="SvANet without the last encoder stage",
+                reference="svanet",
+                published_deep_supervision=False,
+                small={"width": 8, "depths": (1, 1, 1, 1)},
+            ),
+        ),
+        trainers=(
+            Trainer(
+                name="nnUNetTrainerSvANet",
+                network="SvANet",
+                weights="resnet50_imagenet_v2",
+                description="ImageNet weights, encoder frozen for a tenth of the training",
+            ),
+            Trainer(
+                name="nnUNetTrainerLiteSvANet",
+                network="LiteSvANet",
+                weights="resnet50_imagenet_v2",
+                description="ImageNet weights, encoder frozen for a tenth of the training",
+            ),
+            Trainer(
+                name="nnUNetTrainerSvANetScratch",
+                network="SvANet",
+                weights=None,
+                description="Random start",
+            ),
+            Trainer(
+                name="nnUNetTrainerLiteSvANetScratch",
+                network="LiteSvANet",
+                weights=None,
+                description="Random start",
             ),
         ),
     ),

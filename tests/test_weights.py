@@ -22,9 +22,10 @@ from nnunetv2_smallseg import registry
 from nnunetv2_smallseg.architectures.swin_umamba import SwinUMamba, SwinUMambaD, from_official, to_official
 from nnunetv2_smallseg.errors import WeightsError
 from nnunetv2_smallseg.pretrained import entries
+from nnunetv2_smallseg.pretrained.agreement import adapt_input_channels_of
 from nnunetv2_smallseg.pretrained.checkpoint import read_checkpoint
 from nnunetv2_smallseg.pretrained.load import LOADERS, load_pretrained
-from nnunetv2_smallseg.pretrained.vmamba import adapt_input_channels_of, load_vmamba_tiny
+from nnunetv2_smallseg.pretrained.vmamba import load_vmamba_tiny
 
 NEWER = ("vssm_tiny_0230", "vssm1_tiny_0230s")
 SMALL = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}

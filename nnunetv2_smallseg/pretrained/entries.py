@@ -25,7 +25,7 @@ class WeightEntry:
         urls: Direct addresses, tried in this order.
         manual_url: Address that needs a browser, or None.
         size_bytes: Length of the file.
-        sha256: Checksum of the file, hexadecimal; its first digits where no more is published.
+        sha256: Checksum of the file, hexadecimal; its first digits where nobody states more.
         sha256_source: Who states size and checksum.
         licence: Licence of the file.
         source: Page that publishes the file.
@@ -99,6 +99,23 @@ ENTRIES: tuple[WeightEntry, ...] = (
         layout="vmamba_small",
         imagenet_top1=83.5,
         fits=("S3Mamba",),
+    ),
+    WeightEntry(
+        name="resnet50_imagenet_v2",
+        description="ResNet-50 of torchvision (IMAGENET1K_V2), ImageNet-1K",
+        file_names=("resnet50-11ad3fa6.pth",),
+        urls=("https://download.pytorch.org/models/resnet50-11ad3fa6.pth",),
+        manual_url=None,
+        size_bytes=102_540_417,
+        sha256="11ad3fa6",
+        sha256_source="torchvision, whose file names hold the first 8 digits and which checks just these; the size is "
+        "stated by third parties",
+        licence="BSD-3-Clause",
+        source="https://pytorch.org/vision/stable/models/generated/torchvision.models.resnet50.html",
+        paper="Deep Residual Learning for Image Recognition, CVPR 2016, https://arxiv.org/abs/1512.03385",
+        layout="resnet50",
+        imagenet_top1=80.858,
+        fits=("SvANet", "LiteSvANet"),
     ),
     WeightEntry(
         name="resnext50_imagenet_v1",

@@ -10,13 +10,19 @@ from nnunetv2_smallseg.errors import WeightsError
 from nnunetv2_smallseg.pretrained.checkpoint import read_checkpoint
 from nnunetv2_smallseg.pretrained.entries import entry
 from nnunetv2_smallseg.pretrained.report import LoadReport
+from nnunetv2_smallseg.pretrained.resnet import load_resnet50
 from nnunetv2_smallseg.pretrained.resnext import load_resnext50
 from nnunetv2_smallseg.pretrained.store import resolve
 from nnunetv2_smallseg.pretrained.vmamba import load_vmamba_small, load_vmamba_tiny
 
 __all__ = ["load_pretrained"]
 
-LOADERS = {"vmamba_tiny": load_vmamba_tiny, "vmamba_small": load_vmamba_small, "resnext50": load_resnext50}
+LOADERS = {
+    "resnet50": load_resnet50,
+    "resnext50": load_resnext50,
+    "vmamba_small": load_vmamba_small,
+    "vmamba_tiny": load_vmamba_tiny,
+}
 
 
 def load_pretrained(

@@ -191,7 +191,8 @@ def _difference(size: int, sha256: str, weights: WeightEntry) -> str | None:
     if size != weights.size_bytes:
         return f"it has {size} bytes and should have {weights.size_bytes}"
     if not sha256.startswith(weights.sha256):
-        return f"its sha256 is {sha256} and should be {weights.sha256} (stated by {weights.sha256_source})"
+        more = "..." if len(weights.sha256) < len(sha256) else ""
+        return f"its sha256 is {sha256} and should be {weights.sha256}{more} (stated by {weights.sha256_source})"
     return None
 
 

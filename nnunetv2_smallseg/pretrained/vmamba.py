@@ -22,9 +22,10 @@ import torch
 from torch import nn
 
 from nnunetv2_smallseg.errors import WeightsError
+from nnunetv2_smallseg.pretrained.agreement import adapt_input_channels_of, disagreements, refuse
 from nnunetv2_smallseg.pretrained.report import LoadReport
 
-__all__ = ["adapt_input_channels_of", "load_vmamba_small", "load_vmamba_tiny"]
+__all__ = ["load_vmamba_small", "load_vmamba_tiny"]
 
 # Names in the checkpoint -> names below ``network.encoder``. Each rule knows the names of the first release
 # (ln_1, self_attention, patch_embed.proj) and those of VMamba's current code (norm, op, patch_embed.0).
@@ -41,7 +42,6 @@ PATCH_ENTRIES = (PATCH_KERNEL, "patch_embed.proj.bias", "patch_embed.norm.weight
 
 # (blocks in each stage, inner width of the first block) -> name of a newer VMamba file
 NEWER_FILES = {((2, 2, 5, 2), 192): "vssm_tiny_0230", ((2, 2, 8, 2), 96): "vssm1_tiny_0230s"}
-SHOWN_PROBLEMS = 5
 
 VMAMBA_SMALL_DEPTHS = (2, 2, 27, 2)
 
@@ -83,9 +83,9 @@ def load_vmamba_tiny(
     _refuse_newer_architecture(checkpoint, "Swin-UMamba's encoder", "vmamba_tiny_imagenet")
     target = encoder.state_dict()  # shares memory with the parameters
     source = _encoder_names(checkpoint)
-    problems = _disagreements(target, {name: checkpoint[old] for name, old in source.items()})
+    problems = disagreements(target, {name: checkpoint[old] for name, old in source.items()}, PATCH_KERNEL)
     problems += [f"{name} is not part of the network" for name in source if name not in target]
-    _refuse(
+    refuse(
         problems,
         f"the checkpoint is not the VMamba-Tiny this network starts from; nothing was loaded. Below 'encoder', "
         f"{len(problems)} of {len(target)} tensors do not agree:",
@@ -166,11 +166,11 @@ def load_vmamba_small(
             places[name] = f"stages.{last - int(match[1])}.{match[2]}"
     target = {name: state[name] for name in places if ".encf." not in name}
     found = {name: checkpoint[source[places[name]]] for name in target if places[name] in source}
-    problems = _disagreements(target, found)
+    problems = disagreements(target, found, f"encoder.{PATCH_KERNEL}")
     kernel, wanted = found.get(f"encoder.{PATCH_KERNEL}"), state[f"encoder.{PATCH_KERNEL}"]
     if kernel is not None and (kernel.shape[0], *kernel.shape[2:]) != (wanted.shape[0], *wanted.shape[2:]):
         problems.append(f"{PATCH_KERNEL} has shape {tuple(kernel.shape)}, the network needs {tuple(wanted.shape)}")
-    _refuse(
+    refuse(
         problems,
         f"the checkpoint is not the VMamba-Small this network starts from; nothing was loaded. {len(problems)} of "
         f"{len(target)} tensors do not agree:",
@@ -198,28 +198,6 @@ def load_vmamba_small(
         unused=tuple(old for old in checkpoint if old not in used),
         missing=tuple(name for name in places if name not in values),
     )
-
-
-def adapt_input_channels_of(kernel: torch.Tensor, input_channels: int) -> torch.Tensor:
-    """A convolution kernel for another number of input channels.
-
-    One channel gets the sum over the kernel's channels: a grey image then gives what the same image in RGB gave. More
-    channels get the kernel's channels in turn, scaled so that equal channels give that too.
-
-    Args:
-        kernel: (C_out, C, K, K).
-        input_channels: Channels wanted.
-
-    Returns:
-        (C_out, input_channels, K, K).
-    """
-    channels = kernel.shape[1]
-    if input_channels == 1:
-        return kernel.sum(dim=1, keepdim=True)
-    if input_channels == channels:
-        return kernel
-    repeated = kernel[:, [channel % channels for channel in range(input_channels)]]
-    return repeated * (channels / input_channels)
 
 
 def _patch_embedding(
@@ -254,24 +232,6 @@ def _encoder_names(checkpoint: Mapping[str, torch.Tensor]) -> dict[str, str]:
             if pattern.match(old):
                 names[pattern.sub(replacement, old, count=1)] = old
     return names
-
-
-def _disagreements(target: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor]) -> list[str]:
-    """What of ``target`` is missing in ``source`` or has another shape, but for the kernel of the patch embedding."""
-    problems = [f"{name} is missing" for name in target if name not in source]
-    return problems + [
-        f"{name} has shape {tuple(source[name].shape)}, the network needs {tuple(wanted.shape)}"
-        for name, wanted in target.items()
-        if name in source and not name.endswith(PATCH_KERNEL) and source[name].shape != wanted.shape
-    ]
-
-
-def _refuse(problems: list[str], what: str, next_step: str) -> None:
-    """Raises with the first problems, if there are any."""
-    if not problems:
-        return
-    more = f"\n  and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-    raise WeightsError(f"{what}\n  " + "\n  ".join(problems[:SHOWN_PROBLEMS]) + more + "\n" + next_step)
 
 
 def _depths(checkpoint: Mapping[str, torch.Tensor]) -> tuple[int, ...]:

@@ -6,6 +6,13 @@ from nnunetv2_smallseg.trainers.amplification import (
 from nnunetv2_smallseg.trainers.curriculum import (
     nnUNetTrainerCurriculum,
 )
+from nnunetv2_smallseg.trainers.mamba_ahnet import (
+    nnUNetTrainerAHNet,
+    nnUNetTrainerAHNetRecon,
+    nnUNetTrainerHUNet,
+    nnUNetTrainerMambaAHNet,
+    nnUNetTrainerMambaAHNetRecon,
+)
 from nnunetv2_smallseg.trainers.s3_mamba import (
     nnUNetTrainerS3Mamba,
     nnUNetTrainerS3MambaNoCurriculum,
@@ -17,6 +24,12 @@ from nnunetv2_smallseg.trainers.sts_net import (
     nnUNetTrainerSTSNetNoAmplification,
     nnUNetTrainerSTSNetPretrained,
 )
+from nnunetv2_smallseg.trainers.svanet import (
+    nnUNetTrainerLiteSvANet,
+    nnUNetTrainerLiteSvANetScratch,
+    nnUNetTrainerSvANet,
+    nnUNetTrainerSvANetScratch,
+)
 from nnunetv2_smallseg.trainers.swin_umamba import (
     nnUNetTrainerSwinUMamba,
     nnUNetTrainerSwinUMambaD,
@@ -25,8 +38,15 @@ from nnunetv2_smallseg.trainers.swin_umamba import (
 )
 
 __all__ = [
+    "nnUNetTrainerAHNet",
+    "nnUNetTrainerAHNetRecon",
     "nnUNetTrainerAmplification",
     "nnUNetTrainerCurriculum",
+    "nnUNetTrainerHUNet",
+    "nnUNetTrainerLiteSvANet",
+    "nnUNetTrainerLiteSvANetScratch",
+    "nnUNetTrainerMambaAHNet",
+    "nnUNetTrainerMambaAHNetRecon",
     "nnUNetTrainerS3Mamba",
     "nnUNetTrainerS3MambaNoCurriculum",
     "nnUNetTrainerS3MambaPretrained",
@@ -34,6 +54,8 @@ __all__ = [
     "nnUNetTrainerSTSNet",
     "nnUNetTrainerSTSNetNoAmplification",
     "nnUNetTrainerSTSNetPretrained",
+    "nnUNetTrainerSvANet",
+    "nnUNetTrainerSvANetScratch",
     "nnUNetTrainerSwinUMamba",
     "nnUNetTrainerSwinUMambaD",
     "nnUNetTrainerSwinUMambaDScratch",
