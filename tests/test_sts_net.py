@@ -18,7 +18,7 @@ from nnunetv2_smallseg.architectures.sts_net import STSNet
 from nnunetv2_smallseg.errors import WeightsError
 from nnunetv2_smallseg.pretrained import entries, store
 from nnunetv2_smallseg.pretrained.load import load_pretrained
-from nnunetv2_smallseg.pretrained.resnext import load_resnext50
+from nnunetv2_smallseg.pretrained.resnet import load_resnext50
 from nnunetv2_smallseg.pretrained.vmamba import adapt_input_channels_of
 
 SMALL = registry.network("STSNet").small

@@ -545,3 +545,17 @@ def test_encoder_parameters_are_those_with_imagenet_values(channels, frozen, man
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SvANet(1, 2, **options)
+
+
+@pytest.mark.parametrize("network_class", [SvANet, LiteSvANet])
+def test_weights_trained_with_deep_supervision_fit_a_network_without(network_class):
+    """nnU-Net predicts with a network built without deep supervision."""
+    trained = network_class(1, 2, True, width=8, depths=(1, 1, 1, 1)).eval()
+    predicting = network_class(1, 2, False, width=8, depths=(1, 1, 1, 1)).eval()
+    assert len(trained.decoder.seg_layers) > len(predicting.decoder.seg_layers) == 1
+    predicting.load_state_dict(trained.state_dict())
+    image = torch.randn(1, 1, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(predicting(image), trained(image)[0])
+    with pytest.raises(RuntimeError, match="nonsense"):
+        predicting.load_state_dict({**trained.state_dict(), "decoder.nonsense": torch.zeros(1)})

@@ -201,7 +201,7 @@ def test_anything_else_is_refused_and_changes_nothing(network_class, mutation, r
 
 
 def test_network_without_resnet(resnet50):
-    with pytest.raises(TypeError, match="Linear has no ResNet"):
+    with pytest.raises(TypeError, match="Linear has no ResNet-50"):
         load_resnet50(nn.Linear(1, 1), resnet50)
 
 

@@ -73,6 +73,14 @@ class Decoder(nn.Module):
         self.seg_layers = nn.ModuleList([nn.Conv2d(sum(self.map_channels), num_classes, kernel_size=1)])
         if deep_supervision:
             self.seg_layers.extend(nn.Conv2d(width, num_classes, kernel_size=1) for width in skip_channels)
+        self.register_load_state_dict_pre_hook(self._leave_out_unbuilt_heads)
+
+    def _leave_out_unbuilt_heads(self, module: nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
+        """Lets weights trained with deep supervision fit a decoder built without: nnU-Net predicts with such a one."""
+        heads = f"{prefix}seg_layers."
+        for name in [name for name in state_dict if name.startswith(heads)]:
+            if int(name[len(heads) :].split(".", 1)[0]) >= len(self.seg_layers):
+                del state_dict[name]
 
     def classify(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
         """Logits at stride 2.

@@ -10,8 +10,7 @@ from nnunetv2_smallseg.errors import WeightsError
 from nnunetv2_smallseg.pretrained.checkpoint import read_checkpoint
 from nnunetv2_smallseg.pretrained.entries import entry
 from nnunetv2_smallseg.pretrained.report import LoadReport
-from nnunetv2_smallseg.pretrained.resnet import load_resnet50
-from nnunetv2_smallseg.pretrained.resnext import load_resnext50
+from nnunetv2_smallseg.pretrained.resnet import load_resnet50, load_resnext50
 from nnunetv2_smallseg.pretrained.store import resolve
 from nnunetv2_smallseg.pretrained.vmamba import load_vmamba_small, load_vmamba_tiny
 

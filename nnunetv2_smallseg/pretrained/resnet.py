@@ -1,6 +1,7 @@
-"""Loads torchvision's ResNet-50 into the encoder of SvANet and LiteSvANet.
+"""Loads torchvision's residual networks into the encoders of SvANet, LiteSvANet and STS-Net.
 
-Paper: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, arXiv 1512.03385. Weights: torchvision
+ResNet-50: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, arXiv 1512.03385. ResNeXt50-32x4d: Xie et
+al., Aggregated Residual Transformations for Deep Neural Networks, CVPR 2017, arXiv 1611.05431. Weights: torchvision
 (BSD-3-Clause). Entries go where their names say. The loader of github.com/anthonyweidai/SvANet pairs entries by order
 and shape instead, which puts two convolutions of layer 4 into the third neck of LiteSvANet; that is not copied.
 """
@@ -12,11 +13,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from nnunetv2_smallseg.architectures.blocks.resnet import ResNetEncoder
 from nnunetv2_smallseg.pretrained.agreement import adapt_input_channels_of, disagreements, refuse
 from nnunetv2_smallseg.pretrained.report import LoadReport
 
-__all__ = ["load_resnet50"]
+__all__ = ["load_resnet50", "load_resnext50"]
 
 FIRST_KERNEL = "conv1.weight"
 # Number of batches seen: not used by a normalisation with momentum, and absent from old files.
@@ -43,19 +43,37 @@ def load_resnet50(
 
     Raises:
         WeightsError: If the checkpoint is another network or incomplete; the network is unchanged then.
-        TypeError: If ``network`` has no ResNet encoder.
+        TypeError: If ``network`` has no residual encoder.
     """
+    return _load(network, checkpoint, adapt_input_channels, "ResNet-50", "resnet50_imagenet_v2")
+
+
+def load_resnext50(
+    network: nn.Module, checkpoint: Mapping[str, torch.Tensor], *, adapt_input_channels: bool = True
+) -> LoadReport:
+    """Copies ResNeXt50-32x4d's weights into the encoder of STSNet; all else as ``load_resnet50``."""
+    return _load(network, checkpoint, adapt_input_channels, "ResNeXt50-32x4d", "resnext50_imagenet_v1")
+
+
+def _load(
+    network: nn.Module,
+    checkpoint: Mapping[str, torch.Tensor],
+    adapt_input_channels: bool,
+    published_network: str,
+    weights_name: str,
+) -> LoadReport:
+    """See ``load_resnet50``; the last two arguments are for messages."""
     encoder = getattr(network, "encoder", None)
-    if not isinstance(encoder, ResNetEncoder):
+    target = encoder.state_dict() if isinstance(encoder, nn.Module) else {}  # shares memory with the parameters
+    if FIRST_KERNEL not in target:
         raise TypeError(
-            f"{type(network).__name__} has no ResNet as its 'encoder'; expected is SvANet or LiteSvANet itself (of a "
-            "network wrapped for 2.5D, pass the inner one)"
+            f"{type(network).__name__} has no {published_network} as its 'encoder'; expected is the 2D network itself "
+            "(of a network wrapped for 2.5D, pass the inner one)"
         )
-    target = encoder.state_dict()  # shares memory with the parameters
-    parts = ("conv1", "bn1", *(f"layer{number}" for number in range(1, encoder.num_layers + 1)))
+    parts = {name.split(".", 1)[0] for name in target}
     source = {name: tensor for name, tensor in checkpoint.items() if name.split(".", 1)[0] in parts}
     needed = {name: tensor for name, tensor in target.items() if name in source or not name.endswith(COUNTER)}
-    _require_agreement(needed, source)
+    _require_agreement(needed, source, published_network, weights_name)
 
     values, adapted = dict(source), ()
     if source[FIRST_KERNEL].shape != target[FIRST_KERNEL].shape:
@@ -69,7 +87,7 @@ def load_resnet50(
             target[name].copy_(value)
     return LoadReport(
         network=type(network).__name__,
-        checkpoint="ResNet-50 (ImageNet-1K)",
+        checkpoint=f"{published_network} (ImageNet-1K)",
         matched=tuple(f"encoder.{name}" for name in target if name in values and name not in adapted),
         adapted=tuple(f"encoder.{name}" for name in adapted),
         unused=tuple(name for name in checkpoint if name not in values),
@@ -77,7 +95,9 @@ def load_resnet50(
     )
 
 
-def _require_agreement(target: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor]) -> None:
+def _require_agreement(
+    target: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor], published_network: str, weights_name: str
+) -> None:
     """Raises unless names and shapes agree, but for the number of input channels of the first kernel."""
     problems = disagreements(target, source, FIRST_KERNEL)
     problems += [f"{name} is not part of the network" for name in source if name not in target]
@@ -87,8 +107,7 @@ def _require_agreement(target: Mapping[str, torch.Tensor], source: Mapping[str, 
             problems.append(f"{FIRST_KERNEL} has shape {tuple(given)}, the network needs {tuple(wanted)}")
     refuse(
         problems,
-        f"the checkpoint is not the ResNet-50 this network starts from; nothing was loaded. Below 'encoder', "
+        f"the checkpoint is not the {published_network} this network starts from; nothing was loaded. Below 'encoder', "
         f"{len(problems)} of {len(target)} tensors do not agree:",
-        "Use the published file (`smallseg weights fetch resnet50_imagenet_v2`) and a network of the default width and "
-        "depths.",
+        f"Use the published file (`smallseg weights fetch {weights_name}`) and a network with its default encoder.",
     )
