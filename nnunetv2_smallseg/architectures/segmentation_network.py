@@ -85,8 +85,9 @@ class SegmentationNetwork(nn.Module, ABC):
 
     def crop_outputs(self, outputs: list[torch.Tensor], image: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """Outputs of ``forward_padded`` -> what ``forward`` returns for the unpadded ``image``."""
-        strides = self.deep_supervision_strides[: len(outputs)]
-        outputs = crop_to_input(outputs, (image.shape[-2], image.shape[-1]), strides)
+        if outputs[0].shape[-2:] != image.shape[-2:]:
+            strides = self.deep_supervision_strides[: len(outputs)]
+            outputs = crop_to_input(outputs, (image.shape[-2], image.shape[-1]), strides)
         return outputs if self.deep_supervision else outputs[0]
 
     def no_weight_decay(self) -> set[str]:

@@ -91,7 +91,7 @@ def _load(
         matched=tuple(f"encoder.{name}" for name in target if name in values and name not in adapted),
         adapted=tuple(f"encoder.{name}" for name in adapted),
         unused=tuple(name for name in checkpoint if name not in values),
-        missing=tuple(f"encoder.{name}" for name in target if name not in values),
+        missing=tuple(f"encoder.{name}" for name in needed if name not in values),
     )
 
 
