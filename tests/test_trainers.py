@@ -418,7 +418,7 @@ def test_recipe_of_s3_mamba(name, nnunet_folders):
 def test_s3_mamba_without_its_attention_has_no_deep_supervision(name, nnunet_folders):
     """nnU-Net's loss would be not a number: it gives the last of the outputs no weight."""
     trainer = make(name, nnunet_folders)
-    trainer.configuration_manager.configuration["network_options"]["S3Mamba"]["use_tcma"] = False
+    trainer.configuration_manager.configuration["network_options"][registry.trainer(name).network]["use_tcma"] = False
     trainer.initialize()
     assert target_scales(trainer) == [[1.0, 1.0]]
     assert np.isfinite(trainer.train_step(random_batch(trainer))["loss"])
