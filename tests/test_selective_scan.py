@@ -434,8 +434,8 @@ def test_cache_folder_that_cannot_be_written(tmp_path, monkeypatch, caplog):
     obstacle = tmp_path / "obstacle"
     obstacle.write_text("")
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(obstacle))
-    monkeypatch.setattr(backend_cpu, "_compiled", {})
-    assert backend_cpu.cache_folder(torch.float32) is None
+    monkeypatch.setattr(backend_cpu.KERNELS, "compiled", {})
+    assert backend_cpu.KERNELS.folder(torch.float32) is None
     with caplog.at_level(logging.INFO):
         assert ops.self_check("cpu") < 1e-5
     assert "compiled for this process only" in caplog.text
@@ -448,23 +448,23 @@ def test_compiled_code_is_kept_and_may_be_damaged(tmp_path, monkeypatch, caplog)
     from nnunetv2_smallseg.ops import backend_cpu
 
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
-    folder = backend_cpu.cache_folder(torch.float32)
+    folder = backend_cpu.KERNELS.folder(torch.float32)
     assert folder.is_relative_to(tmp_path)
-    assert folder != backend_cpu.cache_folder(torch.float64)
-    kernels = backend_cpu._compile(torch.float32)
+    assert folder != backend_cpu.KERNELS.folder(torch.float64)
+    kernels = backend_cpu.KERNELS.compile(torch.float32)
     assert sum(kernels.forward.stats.cache_misses.values()) == 1
     assert str(tmp_path) == numba.config.CACHE_DIR
     files = sorted(folder.rglob("*.nbc"))
     assert len(files) == 2
 
-    kernels = backend_cpu._compile(torch.float32)
+    kernels = backend_cpu.KERNELS.compile(torch.float32)
     assert sum(kernels.forward.stats.cache_hits.values()) == 1
     assert sum(kernels.backward.stats.cache_hits.values()) == 1
     assert caplog.text == ""
 
     for file in files:
         file.write_bytes(b"damaged")
-    monkeypatch.setattr(backend_cpu, "_compiled", {})
+    monkeypatch.setattr(backend_cpu.KERNELS, "compiled", {})
     assert ops.self_check("cpu") < 1e-5
     assert "cannot be kept in" in caplog.text
 

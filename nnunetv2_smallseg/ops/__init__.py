@@ -1,4 +1,4 @@
-"""The selective scan: one operator, several back ends. See ``docs/scans.md``."""
+"""The selective scan and SS2D: two operators, several back ends. See ``docs/scans.md``."""
 
 from nnunetv2_smallseg.ops.backend_reference import selective_scan_reference
 from nnunetv2_smallseg.ops.dispatch import (
@@ -10,6 +10,8 @@ from nnunetv2_smallseg.ops.dispatch import (
     self_check,
 )
 from nnunetv2_smallseg.ops.scan import selective_scan
+from nnunetv2_smallseg.ops.ss2d import ss2d
+from nnunetv2_smallseg.ops.ss2d_composed import ss2d_reference
 
 __all__ = [
     "BACKENDS",
@@ -20,4 +22,6 @@ __all__ = [
     "selective_scan",
     "selective_scan_reference",
     "self_check",
+    "ss2d",
+    "ss2d_reference",
 ]

@@ -1,0 +1,289 @@
+"""Compiled kernels of the fused SS2D for the CPU.
+
+One call works on one batch element and takes blocks of at most ``BLOCK`` channels through directions of the map, which
+stays channel-last: a direction is an order in which its pixels are visited, so nothing is written out for it and the
+outputs of all directions are summed in place. The projections of the pixels (step sizes of low rank, B and C) are
+given; the step sizes of a block are computed from them chunk by chunk.
+
+As in ``cpu_kernels``: time in chunks of ``CHUNK_STEPS`` steps, scratch rows in one array of constant shape, innermost
+loops over channels, decays as powers of two.
+
+Directions: 0 rows, 1 columns, 2 rows backwards, 3 columns backwards. With S groups of directions, group s has the
+directions s, s + S, ...: all four for S = 1, rows and columns apart for S = 2.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from nnunetv2_smallseg.ops.arguments import CHUNK_STEPS
+from nnunetv2_smallseg.ops.cpu_kernels import (
+    _HELPER,
+    BLOCK,
+    KERNEL_OPTIONS,
+    power_of_two,
+    step_size,
+    step_size_slope,
+    typed,
+)
+
+__all__ = ["BLOCK", "KERNEL_OPTIONS", "backward", "forward"]
+
+_ROWS = CHUNK_STEPS + 1
+_NUM_DIRECTIONS = 4
+_LOG2_E = 1.4426950408889634
+
+
+@njit(**_HELPER)
+def _places(places: np.ndarray, direction: int, start: int, steps: int, height: int, width: int) -> None:
+    """The pixels that a direction visits in ``steps`` steps from ``start`` on."""
+    for t in range(steps):
+        step = start + t if direction < 2 else height * width - 1 - start - t
+        places[t] = step if direction % 2 == 0 else step % height * width + step // height
+
+
+def forward(
+    x, projected, step_weight, bias, rates, skip, out, states, height, width, batch, group, first, count
+):
+    """SS2D of ``count`` channels from ``first`` on, in the directions of one group.
+
+    Args:
+        x: (B, L, D).
+        projected: Projections of the pixels, (B, L, 4, R + 2N).
+        step_weight: (4, R, D).
+        bias: Of the step sizes, (4, D).
+        rates: A * log2(e), (4, N, D).
+        skip: (4, D).
+        out: (groups, B, L, D), takes the sum over the directions of the group.
+        states: (B, chunks, N, 4D), takes the states at the chunk starts unless it has no chunks.
+        height: H.
+        width: W, with L = H * W.
+        batch: Index of the batch element.
+        group: Index of the group of directions.
+        first: First channel.
+        count: Number of channels, at most ``BLOCK``.
+    """
+    length, channels = x.shape[1:]
+    groups = out.shape[0]
+    rank = step_weight.shape[1]
+    num_states = rates.shape[1]
+    zero = typed(0.0, x[0, 0, 0])
+    rows = np.zeros((5, _ROWS, BLOCK), x.dtype)
+    dt, drive, y = rows[0], rows[1], rows[2]
+    # Rows of the last: bias, skip weights.
+    inputs, channel = rows[3], rows[4]
+    per_state = np.zeros((2, num_states, BLOCK), x.dtype)
+    rate, h = per_state[0], per_state[1]
+    weight = np.zeros((rank, BLOCK), x.dtype)
+    places = np.zeros(CHUNK_STEPS, np.int64)
+    for direction in range(group, _NUM_DIRECTIONS, groups):
+        for c in range(count):
+            channel[0, c] = bias[direction, first + c]
+            channel[1, c] = skip[direction, first + c]
+        for r in range(rank):
+            for c in range(count):
+                weight[r, c] = step_weight[direction, r, first + c]
+        for n in range(num_states):
+            for c in range(count):
+                rate[n, c] = rates[direction, n, first + c]
+            for c in range(BLOCK):
+                h[n, c] = zero
+        for start in range(0, length, CHUNK_STEPS):
+            steps = min(CHUNK_STEPS, length - start)
+            _places(places, direction, start, steps, height, width)
+            if states.shape[1] > 0:
+                for n in range(num_states):
+                    for c in range(count):
+                        states[batch, start // CHUNK_STEPS, n, direction * channels + first + c] = h[n, c]
+            for t in range(steps):
+                pixel = places[t]
+                for c in range(count):
+                    inputs[t, c] = x[batch, pixel, first + c]
+                for c in range(BLOCK):
+                    dt[t, c] = channel[0, c]
+                for r in range(rank):
+                    factor = projected[batch, pixel, direction, r]
+                    for c in range(BLOCK):
+                        dt[t, c] += factor * weight[r, c]
+                for c in range(BLOCK):
+                    dt[t, c] = step_size(dt[t, c])
+                for c in range(BLOCK):
+                    drive[t, c] = dt[t, c] * inputs[t, c]
+                    y[t, c] = channel[1, c] * inputs[t, c]
+            for t in range(steps):
+                pixel = places[t]
+                for n in range(num_states):
+                    input_weight = projected[batch, pixel, direction, rank + n]
+                    output_weight = projected[batch, pixel, direction, rank + num_states + n]
+                    for c in range(BLOCK):
+                        state = power_of_two(dt[t, c] * rate[n, c]) * h[n, c] + input_weight * drive[t, c]
+                        h[n, c] = state
+                        y[t, c] += output_weight * state
+            if direction == group:
+                for t in range(steps):
+                    for c in range(count):
+                        out[group, batch, places[t], first + c] = y[t, c]
+            else:
+                for t in range(steps):
+                    for c in range(count):
+                        out[group, batch, places[t], first + c] += y[t, c]
+
+
+def backward(
+    x, projected, step_weight, bias, rates, skip, gradient, states, gradients, height, width, batch, group, part
+):
+    """Gradients for every ``parts``-th block of channels from block ``part`` on, in the directions of one group.
+
+    Args:
+        x: Input, as all arguments down to ``skip`` shaped as in ``forward``.
+        projected: Projections of the pixels.
+        step_weight: Weights of the step sizes.
+        bias: Bias of the step sizes.
+        rates: A * log2(e).
+        skip: Skip weights.
+        gradient: Gradient of the output, (B, L, D).
+        states: As kept by ``forward``.
+        gradients: Takes the gradients: of x, without what comes through the projections, (groups, B, L, D); of the
+            projections (parts, B, L, 4, R + 2N), summed over the blocks of a part; of step_weight (B, 4, R, D), of A
+            (B, 4, N, D), and of the bias and skip (B, 4, D).
+        height: H.
+        width: W, with L = H * W.
+        batch: Index of the batch element.
+        group: Index of the group of directions.
+        part: Index of the first block.
+    """
+    x_gradient, projected_gradient, weight_gradient, A_gradient, bias_gradient, skip_gradient = gradients
+    length, channels = x.shape[1:]
+    groups = x_gradient.shape[0]
+    parts = projected_gradient.shape[0]
+    rank = step_weight.shape[1]
+    num_states = rates.shape[1]
+    zero = typed(0.0, x[0, 0, 0])
+    rows = np.zeros((11, _ROWS, BLOCK), x.dtype)
+    dt, slope, inputs, drive, outputs = rows[0], rows[1], rows[2], rows[3], rows[4]
+    # Gradient of the drive dt * u, and of dt through the decays times log2(e).
+    drive_gradient, dt_gradient = rows[5], rows[6]
+    # Of one state: h[t] is the state before step t.
+    h, decay = rows[7], rows[8]
+    # Rows of the last two: bias, skip weights, their sums; the state gradient, sum for A and rate of one state.
+    channel, single = rows[9], rows[10]
+    per_state = np.zeros((2, num_states, BLOCK), x.dtype)
+    state_gradient, A_sum = per_state[0], per_state[1]
+    per_rank = np.zeros((2, rank, BLOCK), x.dtype)
+    weight, weight_sum = per_rank[0], per_rank[1]
+    sums = np.zeros((CHUNK_STEPS, rank + 2 * num_states), x.dtype)
+    places = np.zeros(CHUNK_STEPS, np.int64)
+    num_chunks = (length + CHUNK_STEPS - 1) // CHUNK_STEPS
+    for first in range(part * BLOCK, channels, parts * BLOCK):
+        count = min(BLOCK, channels - first)
+        for row in range(11):
+            # A narrower last block computes its missing channels on zeros.
+            for t in range(_ROWS):
+                for c in range(BLOCK):
+                    rows[row, t, c] = zero
+        weight[:] = zero
+        for direction in range(group, _NUM_DIRECTIONS, groups):
+            state_gradient[:] = zero
+            A_sum[:] = zero
+            weight_sum[:] = zero
+            for c in range(count):
+                channel[0, c] = bias[direction, first + c]
+                channel[1, c] = skip[direction, first + c]
+            for c in range(BLOCK):
+                channel[2, c] = zero
+                channel[3, c] = zero
+            for r in range(rank):
+                for c in range(count):
+                    weight[r, c] = step_weight[direction, r, first + c]
+            for chunk in range(num_chunks - 1, -1, -1):
+                start = chunk * CHUNK_STEPS
+                steps = min(CHUNK_STEPS, length - start)
+                _places(places, direction, start, steps, height, width)
+                for t in range(steps):
+                    pixel = places[t]
+                    for c in range(count):
+                        inputs[t, c] = x[batch, pixel, first + c]
+                        outputs[t, c] = gradient[batch, pixel, first + c]
+                    for c in range(BLOCK):
+                        dt[t, c] = channel[0, c]
+                    for r in range(rank):
+                        factor = projected[batch, pixel, direction, r]
+                        for c in range(BLOCK):
+                            dt[t, c] += factor * weight[r, c]
+                    for c in range(BLOCK):
+                        slope[t, c] = step_size_slope(dt[t, c])
+                        dt[t, c] = step_size(dt[t, c])
+                    for c in range(BLOCK):
+                        drive[t, c] = dt[t, c] * inputs[t, c]
+                        drive_gradient[t, c] = zero
+                        dt_gradient[t, c] = zero
+                for n in range(num_states):
+                    for c in range(count):
+                        h[0, c] = states[batch, chunk, n, direction * channels + first + c]
+                        single[2, c] = rates[direction, n, first + c]
+                    for t in range(steps):
+                        input_weight = projected[batch, places[t], direction, rank + n]
+                        for c in range(BLOCK):
+                            power = power_of_two(dt[t, c] * single[2, c])
+                            decay[t, c] = power
+                            h[t + 1, c] = power * h[t, c] + input_weight * drive[t, c]
+                    for c in range(BLOCK):
+                        single[0, c] = state_gradient[n, c]
+                        single[1, c] = zero
+                    for t in range(steps - 1, -1, -1):
+                        input_weight = projected[batch, places[t], direction, rank + n]
+                        output_weight = projected[batch, places[t], direction, rank + num_states + n]
+                        input_sum = zero
+                        output_sum = zero
+                        for c in range(BLOCK):
+                            through = single[0, c] + output_weight * outputs[t, c]
+                            output_sum += h[t + 1, c] * outputs[t, c]
+                            input_sum += through * drive[t, c]
+                            drive_gradient[t, c] += through * input_weight
+                            through *= decay[t, c]
+                            single[0, c] = through
+                            through *= h[t, c]
+                            single[1, c] += through * dt[t, c]
+                            dt_gradient[t, c] += through * single[2, c]
+                        sums[t, rank + n] = input_sum
+                        sums[t, rank + num_states + n] = output_sum
+                    for c in range(BLOCK):
+                        state_gradient[n, c] = single[0, c]
+                        A_sum[n, c] += single[1, c]
+                for t in range(steps):
+                    for c in range(BLOCK):
+                        # The rates carry log2(e), which their gradient must not.
+                        through_decay = dt_gradient[t, c] * typed(1.0 / _LOG2_E, zero)
+                        dt_gradient[t, c] = (through_decay + drive_gradient[t, c] * inputs[t, c]) * slope[t, c]
+                        drive_gradient[t, c] = drive_gradient[t, c] * dt[t, c] + channel[1, c] * outputs[t, c]
+                        channel[2, c] += dt_gradient[t, c]
+                        channel[3, c] += outputs[t, c] * inputs[t, c]
+                    for r in range(rank):
+                        factor = projected[batch, places[t], direction, r]
+                        rank_sum = zero
+                        for c in range(BLOCK):
+                            rank_sum += dt_gradient[t, c] * weight[r, c]
+                            weight_sum[r, c] += dt_gradient[t, c] * factor
+                        sums[t, r] = rank_sum
+                for t in range(steps):
+                    pixel = places[t]
+                    if direction == group:
+                        for c in range(count):
+                            x_gradient[group, batch, pixel, first + c] = drive_gradient[t, c]
+                    else:
+                        for c in range(count):
+                            x_gradient[group, batch, pixel, first + c] += drive_gradient[t, c]
+                    if first == part * BLOCK:
+                        for j in range(rank + 2 * num_states):
+                            projected_gradient[part, batch, pixel, direction, j] = sums[t, j]
+                    else:
+                        for j in range(rank + 2 * num_states):
+                            projected_gradient[part, batch, pixel, direction, j] += sums[t, j]
+            for c in range(count):
+                bias_gradient[batch, direction, first + c] = channel[2, c]
+                skip_gradient[batch, direction, first + c] = channel[3, c]
+                for n in range(num_states):
+                    A_gradient[batch, direction, n, first + c] = A_sum[n, c]
+                for r in range(rank):
+                    weight_gradient[batch, direction, r, first + c] = weight_sum[r, c]
