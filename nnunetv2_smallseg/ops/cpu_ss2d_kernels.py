@@ -43,6 +43,54 @@ def _places(places: np.ndarray, direction: int, start: int, steps: int, height: 
         places[t] = step if direction % 2 == 0 else step % height * width + step // height
 
 
+@njit(**_HELPER)
+def _gather(target: np.ndarray, source: np.ndarray, places: np.ndarray, first: int, count: int, steps: int) -> None:
+    """Copies ``count`` channels of the visited pixels of source (L, D) to the rows of target (steps, channels).
+
+    A loop of its own: the processor then waits for many pixels at a time, which matters for columns.
+    """
+    for t in range(steps):
+        pixel = source[places[t], first : first + count]
+        for c in range(count):
+            target[t, c] = pixel[c]
+
+
+@njit(**_HELPER)
+def _scatter(target: np.ndarray, source: np.ndarray, places: np.ndarray, first: int, count: int, steps: int) -> None:
+    """The way back of ``_gather``."""
+    for t in range(steps):
+        pixel = target[places[t], first : first + count]
+        for c in range(count):
+            pixel[c] = source[t, c]
+
+
+@njit(**_HELPER)
+def _split_projections(
+    factors: np.ndarray, projected: np.ndarray, places: np.ndarray, rank: int, num_states: int, steps: int
+) -> None:
+    """Copies the projections of the visited pixels to the rows of factors: of the step sizes first, B and C last."""
+    others = factors.shape[1] - 2 * num_states
+    for t in range(steps):
+        projection = projected[places[t]]
+        for r in range(rank):
+            factors[t, r] = projection[r]
+        for n in range(2 * num_states):
+            factors[t, others + n] = projection[rank + n]
+
+
+@njit(**_HELPER)
+def _raw_step_sizes(dt: np.ndarray, factors: np.ndarray, weight: np.ndarray, t: int) -> None:
+    """Step sizes of step t before softplus, four weights at a time."""
+    f0, f1, f2, f3 = factors[t, 0], factors[t, 1], factors[t, 2], factors[t, 3]
+    for c in range(BLOCK):
+        dt[t, c] = (f0 * weight[0, c] + f1 * weight[1, c]) + (f2 * weight[2, c] + f3 * weight[3, c])
+    for r in range(4, weight.shape[0], 4):
+        f0, f1, f2, f3 = factors[t, r], factors[t, r + 1], factors[t, r + 2], factors[t, r + 3]
+        for c in range(BLOCK):
+            first_pair = f0 * weight[r, c] + f1 * weight[r + 1, c]
+            dt[t, c] += first_pair + (f2 * weight[r + 2, c] + f3 * weight[r + 3, c])
+
+
 def forward(
     x, projected, step_weight, bias, rates, skip, out, states, height, width, batch, group, first, count
 ):
@@ -69,18 +117,21 @@ def forward(
     rank = step_weight.shape[1]
     num_states = rates.shape[1]
     zero = typed(0.0, x[0, 0, 0])
+    # The bias is one more weight, with the factor 1; the number of weights is a multiple of four.
+    num_weights = rank // 4 * 4 + 4
     rows = np.zeros((5, _ROWS, BLOCK), x.dtype)
-    dt, drive, y = rows[0], rows[1], rows[2]
-    # Rows of the last: bias, skip weights.
-    inputs, channel = rows[3], rows[4]
+    dt, drive, y, inputs = rows[0], rows[1], rows[2], rows[3]
+    skips = rows[4, 0]
     per_state = np.zeros((2, num_states, BLOCK), x.dtype)
     rate, h = per_state[0], per_state[1]
-    weight = np.zeros((rank, BLOCK), x.dtype)
+    weight = np.zeros((num_weights, BLOCK), x.dtype)
+    factors = np.zeros((CHUNK_STEPS, num_weights + 2 * num_states), x.dtype)
+    factors[:, rank] = typed(1.0, zero)
     places = np.zeros(CHUNK_STEPS, np.int64)
     for direction in range(group, _NUM_DIRECTIONS, groups):
         for c in range(count):
-            channel[0, c] = bias[direction, first + c]
-            channel[1, c] = skip[direction, first + c]
+            skips[c] = skip[direction, first + c]
+            weight[rank, c] = bias[direction, first + c]
         for r in range(rank):
             for c in range(count):
                 weight[r, c] = step_weight[direction, r, first + c]
@@ -96,38 +147,28 @@ def forward(
                 for n in range(num_states):
                     for c in range(count):
                         states[batch, start // CHUNK_STEPS, n, direction * channels + first + c] = h[n, c]
+            _gather(inputs, x[batch], places, first, count, steps)
+            if direction == group:
+                y[:] = zero
+            else:
+                _gather(y, out[group, batch], places, first, count, steps)
+            _split_projections(factors, projected[batch, :, direction], places, rank, num_states, steps)
             for t in range(steps):
-                pixel = places[t]
-                for c in range(count):
-                    inputs[t, c] = x[batch, pixel, first + c]
+                _raw_step_sizes(dt, factors, weight, t)
                 for c in range(BLOCK):
-                    dt[t, c] = channel[0, c]
-                for r in range(rank):
-                    factor = projected[batch, pixel, direction, r]
-                    for c in range(BLOCK):
-                        dt[t, c] += factor * weight[r, c]
-                for c in range(BLOCK):
-                    dt[t, c] = step_size(dt[t, c])
-                for c in range(BLOCK):
-                    drive[t, c] = dt[t, c] * inputs[t, c]
-                    y[t, c] = channel[1, c] * inputs[t, c]
+                    size = step_size(dt[t, c])
+                    dt[t, c] = size
+                    drive[t, c] = size * inputs[t, c]
+                    y[t, c] += skips[c] * inputs[t, c]
             for t in range(steps):
-                pixel = places[t]
                 for n in range(num_states):
-                    input_weight = projected[batch, pixel, direction, rank + n]
-                    output_weight = projected[batch, pixel, direction, rank + num_states + n]
+                    input_weight = factors[t, num_weights + n]
+                    output_weight = factors[t, num_weights + num_states + n]
                     for c in range(BLOCK):
                         state = power_of_two(dt[t, c] * rate[n, c]) * h[n, c] + input_weight * drive[t, c]
                         h[n, c] = state
                         y[t, c] += output_weight * state
-            if direction == group:
-                for t in range(steps):
-                    for c in range(count):
-                        out[group, batch, places[t], first + c] = y[t, c]
-            else:
-                for t in range(steps):
-                    for c in range(count):
-                        out[group, batch, places[t], first + c] += y[t, c]
+            _scatter(out[group, batch], y, places, first, count, steps)
 
 
 def backward(
@@ -166,13 +207,17 @@ def backward(
     drive_gradient, dt_gradient = rows[5], rows[6]
     # Of one state: h[t] is the state before step t.
     h, decay = rows[7], rows[8]
-    # Rows of the last two: bias, skip weights, their sums; the state gradient, sum for A and rate of one state.
+    # Rows of the last two: skip weights and their sums; the state gradient, sum for A and rate of one state.
     channel, single = rows[9], rows[10]
     per_state = np.zeros((2, num_states, BLOCK), x.dtype)
     state_gradient, A_sum = per_state[0], per_state[1]
-    per_rank = np.zeros((2, rank, BLOCK), x.dtype)
-    weight, weight_sum = per_rank[0], per_rank[1]
-    sums = np.zeros((CHUNK_STEPS, rank + 2 * num_states), x.dtype)
+    # As in the forward pass, the bias is one more weight.
+    num_weights = rank // 4 * 4 + 4
+    per_weight = np.zeros((2, num_weights, BLOCK), x.dtype)
+    weight, weight_sum = per_weight[0], per_weight[1]
+    per_step = np.zeros((2, CHUNK_STEPS, num_weights + 2 * num_states), x.dtype)
+    factors, sums = per_step[0], per_step[1]
+    factors[:, rank] = typed(1.0, zero)
     places = np.zeros(CHUNK_STEPS, np.int64)
     num_chunks = (length + CHUNK_STEPS - 1) // CHUNK_STEPS
     for first in range(part * BLOCK, channels, parts * BLOCK):
@@ -188,11 +233,10 @@ def backward(
             A_sum[:] = zero
             weight_sum[:] = zero
             for c in range(count):
-                channel[0, c] = bias[direction, first + c]
-                channel[1, c] = skip[direction, first + c]
+                channel[0, c] = skip[direction, first + c]
+                weight[rank, c] = bias[direction, first + c]
             for c in range(BLOCK):
-                channel[2, c] = zero
-                channel[3, c] = zero
+                channel[1, c] = zero
             for r in range(rank):
                 for c in range(count):
                     weight[r, c] = step_weight[direction, r, first + c]
@@ -200,22 +244,16 @@ def backward(
                 start = chunk * CHUNK_STEPS
                 steps = min(CHUNK_STEPS, length - start)
                 _places(places, direction, start, steps, height, width)
+                _gather(inputs, x[batch], places, first, count, steps)
+                _gather(outputs, gradient[batch], places, first, count, steps)
+                _split_projections(factors, projected[batch, :, direction], places, rank, num_states, steps)
                 for t in range(steps):
-                    pixel = places[t]
-                    for c in range(count):
-                        inputs[t, c] = x[batch, pixel, first + c]
-                        outputs[t, c] = gradient[batch, pixel, first + c]
-                    for c in range(BLOCK):
-                        dt[t, c] = channel[0, c]
-                    for r in range(rank):
-                        factor = projected[batch, pixel, direction, r]
-                        for c in range(BLOCK):
-                            dt[t, c] += factor * weight[r, c]
+                    _raw_step_sizes(dt, factors, weight, t)
                     for c in range(BLOCK):
                         slope[t, c] = step_size_slope(dt[t, c])
-                        dt[t, c] = step_size(dt[t, c])
-                    for c in range(BLOCK):
-                        drive[t, c] = dt[t, c] * inputs[t, c]
+                        size = step_size(dt[t, c])
+                        dt[t, c] = size
+                        drive[t, c] = size * inputs[t, c]
                         drive_gradient[t, c] = zero
                         dt_gradient[t, c] = zero
                 for n in range(num_states):
@@ -223,7 +261,7 @@ def backward(
                         h[0, c] = states[batch, chunk, n, direction * channels + first + c]
                         single[2, c] = rates[direction, n, first + c]
                     for t in range(steps):
-                        input_weight = projected[batch, places[t], direction, rank + n]
+                        input_weight = factors[t, num_weights + n]
                         for c in range(BLOCK):
                             power = power_of_two(dt[t, c] * single[2, c])
                             decay[t, c] = power
@@ -232,8 +270,8 @@ def backward(
                         single[0, c] = state_gradient[n, c]
                         single[1, c] = zero
                     for t in range(steps - 1, -1, -1):
-                        input_weight = projected[batch, places[t], direction, rank + n]
-                        output_weight = projected[batch, places[t], direction, rank + num_states + n]
+                        input_weight = factors[t, num_weights + n]
+                        output_weight = factors[t, num_weights + num_states + n]
                         input_sum = zero
                         output_sum = zero
                         for c in range(BLOCK):
@@ -246,8 +284,8 @@ def backward(
                             through *= h[t, c]
                             single[1, c] += through * dt[t, c]
                             dt_gradient[t, c] += through * single[2, c]
-                        sums[t, rank + n] = input_sum
-                        sums[t, rank + num_states + n] = output_sum
+                        sums[t, num_weights + n] = input_sum
+                        sums[t, num_weights + num_states + n] = output_sum
                     for c in range(BLOCK):
                         state_gradient[n, c] = single[0, c]
                         A_sum[n, c] += single[1, c]
@@ -256,33 +294,36 @@ def backward(
                         # The rates carry log2(e), which their gradient must not.
                         through_decay = dt_gradient[t, c] * typed(1.0 / _LOG2_E, zero)
                         dt_gradient[t, c] = (through_decay + drive_gradient[t, c] * inputs[t, c]) * slope[t, c]
-                        drive_gradient[t, c] = drive_gradient[t, c] * dt[t, c] + channel[1, c] * outputs[t, c]
-                        channel[2, c] += dt_gradient[t, c]
-                        channel[3, c] += outputs[t, c] * inputs[t, c]
-                    for r in range(rank):
-                        factor = projected[batch, places[t], direction, r]
+                        drive_gradient[t, c] = drive_gradient[t, c] * dt[t, c] + channel[0, c] * outputs[t, c]
+                        channel[1, c] += outputs[t, c] * inputs[t, c]
+                    for r in range(0, num_weights, 2):
+                        factor, next_factor = factors[t, r], factors[t, r + 1]
                         rank_sum = zero
+                        next_sum = zero
                         for c in range(BLOCK):
                             rank_sum += dt_gradient[t, c] * weight[r, c]
                             weight_sum[r, c] += dt_gradient[t, c] * factor
+                            next_sum += dt_gradient[t, c] * weight[r + 1, c]
+                            weight_sum[r + 1, c] += dt_gradient[t, c] * next_factor
                         sums[t, r] = rank_sum
+                        sums[t, r + 1] = next_sum
+                if direction != group:
+                    _gather(outputs, x_gradient[group, batch], places, first, count, steps)
+                    for t in range(steps):
+                        for c in range(BLOCK):
+                            drive_gradient[t, c] += outputs[t, c]
+                _scatter(x_gradient[group, batch], drive_gradient, places, first, count, steps)
                 for t in range(steps):
-                    pixel = places[t]
-                    if direction == group:
-                        for c in range(count):
-                            x_gradient[group, batch, pixel, first + c] = drive_gradient[t, c]
-                    else:
-                        for c in range(count):
-                            x_gradient[group, batch, pixel, first + c] += drive_gradient[t, c]
+                    target = projected_gradient[part, batch, places[t], direction]
                     if first == part * BLOCK:
-                        for j in range(rank + 2 * num_states):
-                            projected_gradient[part, batch, pixel, direction, j] = sums[t, j]
-                    else:
-                        for j in range(rank + 2 * num_states):
-                            projected_gradient[part, batch, pixel, direction, j] += sums[t, j]
+                        target[:] = zero
+                    for r in range(rank):
+                        target[r] += sums[t, r]
+                    for n in range(2 * num_states):
+                        target[rank + n] += sums[t, num_weights + n]
             for c in range(count):
-                bias_gradient[batch, direction, first + c] = channel[2, c]
-                skip_gradient[batch, direction, first + c] = channel[3, c]
+                bias_gradient[batch, direction, first + c] = weight_sum[rank, c]
+                skip_gradient[batch, direction, first + c] = channel[1, c]
                 for n in range(num_states):
                     A_gradient[batch, direction, n, first + c] = A_sum[n, c]
                 for r in range(rank):
