@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from nnunetv2_smallseg.architectures.blocks.drop_path import DropPath
-from nnunetv2_smallseg.ops import selective_scan
+from nnunetv2_smallseg.ops import ss2d
 
 __all__ = ["SS2D", "PatchEmbedding", "PatchExpanding", "PatchMerging", "VMambaEncoder", "VSSBlock", "VSSStage"]
 
@@ -68,39 +68,17 @@ class SS2D(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
         x, gate = self.in_proj(x).chunk(2, dim=-1)
-        x = x.permute(0, 3, 1, 2)  # (B, D, H, W)
+        x = x.permute(0, 3, 1, 2)  # (B, D, H, W), channels last in memory, as the convolution leaves it
         x = functional.silu(x if self.conv2d is None else self.conv2d(x))
-        y = self._scan_four_directions(x)  # (B, H, W, D)
-        return self.out_proj(self.out_norm(y) * functional.silu(gate))
-
-    def _scan_four_directions(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, D, H, W) -> (B, H, W, D): rows, columns, and both backwards."""
-        batch, inner, height, width = x.shape
-        forwards = torch.stack((x.flatten(2), x.transpose(2, 3).flatten(2)), dim=1)
-        sequences = torch.cat((forwards, forwards.flip(-1)), dim=1)  # (B, 4, D, L)
-
-        projected = torch.einsum("bkdl,kcd->bkcl", sequences, self.x_proj_weight)
-        dt, state_in, state_out = projected.split((self.rank, self.state_size, self.state_size), dim=2)
-        dt = torch.einsum("bkrl,kdr->bkdl", dt, self.dt_projs_weight)
-
-        # The recurrence multiplies thousands of factors: it runs in float32 whatever autocast does outside.
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        scanned = selective_scan(
-            sequences.flatten(1, 2).to(dtype),  # (B, 4D, L), direction-major
-            dt.flatten(1, 2).to(dtype),
-            -self.A_logs.to(dtype).exp(),
-            state_in.to(dtype),  # (B, 4, N, L): one group a direction
-            state_out.to(dtype),
-            D=self.Ds.to(dtype),
-            delta_bias=self.dt_projs_bias.to(dtype).flatten(),
-            delta_softplus=True,
+        y = ss2d(
+            x.permute(0, 2, 3, 1),
+            self.x_proj_weight,
+            self.dt_projs_weight,
+            self.dt_projs_bias,
+            self.A_logs,
+            self.Ds,
         )
-
-        scanned = scanned.view(batch, NUM_DIRECTIONS, inner, -1)
-        both_ways = scanned[:, :2] + scanned[:, 2:].flip(-1)
-        rows = both_ways[:, 0]
-        columns = both_ways[:, 1].view(batch, inner, width, height).transpose(2, 3).flatten(2)
-        return (rows + columns).transpose(1, 2).view(batch, height, width, inner)
+        return self.out_proj(self.out_norm(y) * functional.silu(gate))
 
 
 class VSSBlock(nn.Module):
