@@ -1,4 +1,4 @@
-"""Compiled kernels of the selective scan for the CPU; the only module that imports numba.
+"""Compiled kernels of the selective scan for the CPU; beside ``cpu_ss2d_kernels`` the only module that imports numba.
 
 One call works on one batch element and at most ``BLOCK`` channels of one group. The block is taken through time in
 chunks of ``CHUNK_STEPS`` steps, whose data is transposed into scratch rows of ``BLOCK`` channels that stay in cache.
@@ -21,7 +21,17 @@ from numba.extending import overload
 
 from nnunetv2_smallseg.ops.arguments import CHUNK_STEPS, SOFTPLUS_THRESHOLD
 
-__all__ = ["BLOCK", "KERNEL_OPTIONS", "backward", "forward"]
+__all__ = [
+    "BLOCK",
+    "HELPER_OPTIONS",
+    "KERNEL_OPTIONS",
+    "backward",
+    "forward",
+    "power_of_two",
+    "step_size",
+    "step_size_slope",
+    "typed",
+]
 
 BLOCK = 64
 """Channels of a block. Fewer make the sums over channels in the backward pass slow (measured)."""
@@ -30,7 +40,8 @@ _ROWS = CHUNK_STEPS + 1
 _LOG2_E = math.log2(math.e)
 
 # Multiply and add may be contracted; NaN and infinity keep their meaning.
-_HELPER = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
+HELPER_OPTIONS = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
+"""For the functions that kernels call."""
 KERNEL_OPTIONS = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
 """For the two kernels. Sums over channels may be reordered: otherwise they cannot run in vector registers."""
 
@@ -74,14 +85,14 @@ def typed(value: float, x: float) -> float:
     raise NotImplementedError("only for compiled code")
 
 
-@overload(typed, jit_options=_HELPER)
+@overload(typed, jit_options=HELPER_OPTIONS)
 def _typed(value, x):
     if x == types.float64:
         return lambda value, x: np.float64(value)
     return lambda value, x: np.float32(value)
 
 
-@overload(power_of_two, jit_options=_HELPER)
+@overload(power_of_two, jit_options=HELPER_OPTIONS)
 def _power_of_two(x):
     if x == types.float64:
         return lambda x: np.exp2(x)
@@ -98,7 +109,7 @@ def _power_of_two(x):
     return single
 
 
-@overload(log1p_of_fraction, jit_options=_HELPER)
+@overload(log1p_of_fraction, jit_options=HELPER_OPTIONS)
 def _log1p_of_fraction(z):
     if z == types.float64:
         return lambda z: np.log1p(z)
@@ -112,7 +123,7 @@ def _log1p_of_fraction(z):
     return single
 
 
-@njit(**_HELPER)
+@njit(**HELPER_OPTIONS)
 def step_size(x: float) -> float:
     """softplus(x) = log(1 + exp(x)), and x itself above the threshold."""
     tail = log1p_of_fraction(power_of_two(-abs(x) * typed(_LOG2_E, x)))
@@ -120,7 +131,7 @@ def step_size(x: float) -> float:
     return x if x > typed(SOFTPLUS_THRESHOLD, x) else positive + tail
 
 
-@njit(**_HELPER)
+@njit(**HELPER_OPTIONS)
 def step_size_slope(x: float) -> float:
     """Derivative of ``step_size``: the sigmoid of x, and one above the threshold."""
     one = typed(1.0, x)
@@ -129,7 +140,7 @@ def step_size_slope(x: float) -> float:
     return one if x > typed(SOFTPLUS_THRESHOLD, x) else sigmoid
 
 
-@njit(**_HELPER)
+@njit(**HELPER_OPTIONS)
 def _load(target: np.ndarray, source: np.ndarray, batch: int, first: int, count: int, start: int, steps: int) -> None:
     """Transposes ``count`` channels and ``steps`` steps of source (batch, dim, L) into target (steps, channels)."""
     for c in range(count):
@@ -137,7 +148,7 @@ def _load(target: np.ndarray, source: np.ndarray, batch: int, first: int, count:
             target[t, c] = source[batch, first + c, start + t]
 
 
-@njit(**_HELPER)
+@njit(**HELPER_OPTIONS)
 def _store(target: np.ndarray, source: np.ndarray, batch: int, first: int, count: int, start: int, steps: int) -> None:
     """The way back of ``_load``."""
     for c in range(count):

@@ -14,13 +14,15 @@ directions s, s + S, ...: all four for S = 1, rows and columns apart for S = 2.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numba import njit
 
 from nnunetv2_smallseg.ops.arguments import CHUNK_STEPS
 from nnunetv2_smallseg.ops.cpu_kernels import (
-    _HELPER,
     BLOCK,
+    HELPER_OPTIONS,
     KERNEL_OPTIONS,
     power_of_two,
     step_size,
@@ -32,10 +34,10 @@ __all__ = ["BLOCK", "KERNEL_OPTIONS", "backward", "forward"]
 
 _ROWS = CHUNK_STEPS + 1
 _NUM_DIRECTIONS = 4
-_LOG2_E = 1.4426950408889634
+_LOG2_E = math.log2(math.e)
 
 
-@njit(**_HELPER)
+@njit(**HELPER_OPTIONS)
 def _places(places: np.ndarray, direction: int, start: int, steps: int, height: int, width: int) -> None:
     """The pixels that a direction visits in ``steps`` steps from ``start`` on."""
     for t in range(steps):
@@ -43,7 +45,7 @@ def _places(places: np.ndarray, direction: int, start: int, steps: int, height: 
         places[t] = step if direction % 2 == 0 else step % height * width + step // height
 
 
-@njit(**_HELPER)
+@njit(**HELPER_OPTIONS)
 def _gather(target: np.ndarray, source: np.ndarray, places: np.ndarray, first: int, count: int, steps: int) -> None:
     """Copies ``count`` channels of the visited pixels of source (L, D) to the rows of target (steps, channels).
 
@@ -55,7 +57,7 @@ def _gather(target: np.ndarray, source: np.ndarray, places: np.ndarray, first: i
             target[t, c] = pixel[c]
 
 
-@njit(**_HELPER)
+@njit(**HELPER_OPTIONS)
 def _scatter(target: np.ndarray, source: np.ndarray, places: np.ndarray, first: int, count: int, steps: int) -> None:
     """The way back of ``_gather``."""
     for t in range(steps):
@@ -64,7 +66,7 @@ def _scatter(target: np.ndarray, source: np.ndarray, places: np.ndarray, first: 
             pixel[c] = source[t, c]
 
 
-@njit(**_HELPER)
+@njit(**HELPER_OPTIONS)
 def _split_projections(
     factors: np.ndarray, projected: np.ndarray, places: np.ndarray, rank: int, num_states: int, steps: int
 ) -> None:
@@ -78,7 +80,7 @@ def _split_projections(
             factors[t, others + n] = projection[rank + n]
 
 
-@njit(**_HELPER)
+@njit(**HELPER_OPTIONS)
 def _raw_step_sizes(dt: np.ndarray, factors: np.ndarray, weight: np.ndarray, t: int) -> None:
     """Step sizes of step t before softplus, four weights at a time."""
     f0, f1, f2, f3 = factors[t, 0], factors[t, 1], factors[t, 2], factors[t, 3]
@@ -91,9 +93,7 @@ def _raw_step_sizes(dt: np.ndarray, factors: np.ndarray, weight: np.ndarray, t: 
             dt[t, c] += first_pair + (f2 * weight[r + 2, c] + f3 * weight[r + 3, c])
 
 
-def forward(
-    x, projected, step_weight, bias, rates, skip, out, states, height, width, batch, group, first, count
-):
+def forward(x, projected, step_weight, bias, rates, skip, out, states, height, width, batch, group, first, count):
     """SS2D of ``count`` channels from ``first`` on, in the directions of one group.
 
     Args:

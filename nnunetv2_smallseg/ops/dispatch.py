@@ -97,8 +97,8 @@ class Backend:
 
     def unsupported(self, inputs: ScanInputs | SS2DInputs) -> str | None:
         """None, or why it cannot serve these tensors."""
-        fused = self.load_ss2d()
         if isinstance(inputs, SS2DInputs):
+            fused = self.load_ss2d()
             if fused is not None:
                 return fused.unsupported(inputs)
             x, weight, _, bias, A_logs, Ds = inputs
