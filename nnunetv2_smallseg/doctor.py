@@ -236,7 +236,7 @@ def _fast_devices(name: str) -> tuple[str, ...]:
 
 
 def _check_back_end(name: str, device: str) -> Row:
-    """Compares a back end with the reference on a small scan."""
+    """Compares a back end with the reference on a small scan and a small SS2D."""
     from nnunetv2_smallseg.ops import dispatch
 
     check = f"scan back end {name} on {device}"
@@ -250,11 +250,11 @@ def _check_back_end(name: str, device: str) -> Row:
 
 
 def _check_choice(device: str) -> Row:
-    """Which back end would run on a device."""
+    """Which back end would run the scans of the networks, SS2D, on a device."""
     from nnunetv2_smallseg.ops import dispatch
 
     requested = dispatch.requested_backend()
-    name = dispatch.chosen_backend_name(device)
+    name = dispatch.chosen_backend_name(device, operator="ss2d")
     origin = "chosen automatically" if requested == "auto" else f"set by {dispatch.ENVIRONMENT_VARIABLE}"
     return Row(f"scan on {device}", OK, f"runs with {name}, {origin}")
 

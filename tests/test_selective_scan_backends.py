@@ -92,7 +92,7 @@ def test_named_back_end_that_is_missing(monkeypatch, use_backend):
 
 def test_named_back_end_that_does_not_exist(use_backend):
     use_backend("cuda")
-    with pytest.raises(SmallSegError, match="'cuda'; allowed: auto, mamba_ssm, cpu, torch, reference"):
+    with pytest.raises(SmallSegError, match="'cuda'; allowed: auto, triton, mamba_ssm, cpu, torch, reference"):
         selective_scan(**make_inputs())
 
 

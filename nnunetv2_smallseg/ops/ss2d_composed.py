@@ -15,7 +15,7 @@ from nnunetv2_smallseg.ops.arguments import ScanGradients, ScanInputs, compute_d
 from nnunetv2_smallseg.ops.backend_reference import selective_scan_reference
 from nnunetv2_smallseg.ops.ss2d_arguments import NUM_DIRECTIONS, SS2DGradients, SS2DInputs, canonical_ss2d_inputs
 
-__all__ = ["backward", "cross_merge", "cross_scan", "forward", "ss2d_reference"]
+__all__ = ["backward", "composed_of", "cross_merge", "cross_scan", "forward", "ss2d_reference"]
 
 
 def cross_scan(x: Tensor) -> Tensor:
@@ -47,10 +47,12 @@ def ss2d_reference(
     """
     given = canonical_ss2d_inputs(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds)
     with torch.autocast(x.device.type, enabled=False):
-        inputs = given.to(compute_dtype(*given))
-        sequences, projected = _projected(inputs)
-        out = selective_scan_reference(*_scan_inputs(inputs, sequences, projected))
-        return _merged(inputs, out).to(x.dtype)
+        return composed_of(selective_scan_reference, given.to(compute_dtype(*given))).to(x.dtype)
+
+
+def composed_of(scan: Callable[..., Tensor], inputs: SS2DInputs) -> Tensor:
+    """SS2D (B, H, W, D) of any function with the arguments of ``selective_scan``, which autograd may differentiate."""
+    return _merged(inputs, scan(*_scan_inputs(inputs, *_projected(inputs))))
 
 
 def forward(
