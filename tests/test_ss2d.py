@@ -7,6 +7,7 @@ import os
 
 import pytest
 import scan_cases
+import test_selective_scan_backends
 import torch
 from scan_cases import CPU_BACKENDS, HAS_NUMBA, TOLERANCES, every_backend, gradients_of, relative_error
 from test_selective_scan import run_python
@@ -18,6 +19,7 @@ from nnunetv2_smallseg.ops.arguments import CHUNK_STEPS, canonical_inputs
 
 quiet_dispatch = scan_cases.quiet_dispatch
 use_backend = scan_cases.use_backend
+fake_mamba = test_selective_scan_backends.fake_mamba
 
 SHAPES = (
     {"batch": 2, "height": 9, "width": 13, "channels": 70, "rank": 3, "states": 3},
@@ -350,6 +352,11 @@ def test_self_check_sees_a_wrong_gradient(monkeypatch):
         dispatch, "run_ss2d_backward", lambda *x: (g := backward(*x))._replace(x_proj_weight=g.x_proj_weight * 1.01)
     )
     assert ops.self_check("torch") == pytest.approx(0.01, rel=1e-3)
+
+
+def test_composed_of_the_scan_of_mamba_ssm(fake_mamba):
+    assert_agrees(make_map(dtype=torch.float32), 1e-5)
+    assert (fake_mamba[0], fake_mamba[-1]) == ("fwd", "bwd")
 
 
 @pytest.mark.parametrize(

@@ -250,8 +250,9 @@ def backward(
                 for t in range(steps):
                     _raw_step_sizes(dt, factors, weight, t)
                     for c in range(BLOCK):
-                        slope[t, c] = step_size_slope(dt[t, c])
-                        size = step_size(dt[t, c])
+                        raw = dt[t, c]
+                        slope[t, c] = step_size_slope(raw)
+                        size = step_size(raw)
                         dt[t, c] = size
                         drive[t, c] = size * inputs[t, c]
                         drive_gradient[t, c] = zero
