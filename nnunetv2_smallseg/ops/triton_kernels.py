@@ -60,7 +60,8 @@ def _kernel(function):  # noqa: ANN001, ANN202
     Told that addresses are multiples of 16 bytes, Triton gives each lane several neighbouring channels and moves the
     states between lanes at every step.
     """
-    names = [name for name in function.__code__.co_varnames if name in _POINTERS + INTEGERS]
+    code = function.__code__
+    names = [name for name in code.co_varnames[: code.co_argcount] if name in _POINTERS + INTEGERS]
     integers = [name for name in names if name in INTEGERS]
     return triton.jit(do_not_specialize=integers, do_not_specialize_on_alignment=names)(function)
 
