@@ -28,7 +28,7 @@ CASES = [
     for dtype, states, rank, registers in (
         ("fp16", 16, 6, 2),
         ("fp32", 16, 6, 2),
-        ("fp32", 16, 24, 1),
+        ("fp16", 16, 24, 2),
         ("fp16", 1, 6, 2),
         ("fp32", 64, 6, 1),
     )
@@ -92,13 +92,28 @@ def compile_kernel(name: str, case: dict, **options: int) -> dict[str, object]:
         usage = tool("cuobjdump", "-res-usage", str(cubin))
         code = tool("nvdisasm", "-c", str(cubin))
     instructions, loops = parse(code)
+    innermost = [x for x in loops if not any(x != y and x.first <= y.first and y.last <= x.last for y in loops)]
+    bodies = [instructions[loop.first : loop.last + 1] for loop in innermost]
     return {
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "stack_bytes": int(re.search(r"STACK:(\d+)", usage).group(1)),
-        "spill_instructions": sum(bool(re.search(r"\b(LDL|STL)\b", x)) for x in instructions),
+        "spill_instructions": spills(instructions),
+        "spill_instructions_in_loop_over_states": max(
+            (spills(body) for body in bodies if has(body, "SHFL") and has(body, "MUFU")), default=0
+        ),
         "instructions": len(instructions),
         "instructions_per_element": per_element(name, case, instructions, loops),
     }
+
+
+def spills(instructions: list[str]) -> int:
+    """Instructions that move registers to and from memory."""
+    return sum(has([x], "(LDL|STL)") for x in instructions)
+
+
+def has(instructions: list[str], pattern: str) -> bool:
+    """Whether an operation is among the instructions."""
+    return any(re.search(rf"\b{pattern}\b", x) for x in instructions)
 
 
 def tool(name: str, *arguments: str) -> str:

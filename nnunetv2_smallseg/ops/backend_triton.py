@@ -220,7 +220,7 @@ def _power_of_two(number: int) -> int:
 def _registers(inputs: SS2DInputs) -> int:
     """Channels of a lane: two share what is read for a pixel, if their states fit and no lane is left without."""
     channels = inputs.x.shape[3]
-    fits = inputs.num_states <= 16 and inputs.rank <= 16
+    fits = inputs.num_states <= 16 and inputs.rank <= 48
     return 2 if fits and (channels % (2 * _LANES) == 0 or channels > 8 * _LANES) else 1
 
 

@@ -551,14 +551,13 @@ def write_gradients(
 
                 offset = ()
                 place = ()
-                limit = ()
+                there = ()
                 raw = ()
                 for i in tl.static_range(TILE):
-                    there = tile * TILE + i < count
-                    pixel = _pixel(first + sign * tl.where(there, tile * TILE + i, 0), stride, wrap, magic)
+                    pixel = _pixel(first + sign * tl.minimum(tile * TILE + i, count - 1), stride, wrap, magic)
                     offset = offset + (pixel * (4 * FEATURES),)
                     place = place + (pixel * dim,)
-                    limit = limit + (tl.where(there, dim, 0),)
+                    there = there + (tile * TILE + i < count,)
                     raw = raw + (bias,)
                 for r in range(RANK):
                     weight = tl.load(dt_weight + (direction * RANK + r) * dim + channel, mask=inside, other=0.0)
@@ -567,20 +566,19 @@ def write_gradients(
                         updated = updated + (raw[i] + tl.load(rows + r + offset[i]).to(tl.float32) * weight,)
                     raw = updated
 
-                # Steps past the end have dt = 0 and no gradient: they change nothing.
+                # Steps past the end repeat the last one with dt = 0 and no gradient: they change nothing.
                 dt = ()
                 drive = ()
                 y_gradient = ()
                 drive_gradient = ()
                 dt_gradient = ()
                 for i in tl.static_range(TILE):
-                    step = tl.where(channel < limit[i], _softplus(raw[i]), 0.0)
-                    value = tl.load(source + place[i] + channel, mask=channel < limit[i], other=0.0).to(tl.float32)
+                    step = tl.where(there[i], _softplus(raw[i]), 0.0)
+                    value = tl.load(source + place[i] + channel, mask=inside, other=0.0).to(tl.float32)
+                    output = tl.load(gradient + place[i] + channel, mask=inside, other=0.0).to(tl.float32)
                     dt = dt + (step,)
                     drive = drive + (step * value,)
-                    y_gradient = y_gradient + (
-                        tl.load(gradient + place[i] + channel, mask=channel < limit[i], other=0.0).to(tl.float32),
-                    )
+                    y_gradient = y_gradient + (tl.where(there[i], output, 0.0),)
                     drive_gradient = drive_gradient + (tl.zeros((REGISTERS, LANES), tl.float32),)
                     dt_gradient = dt_gradient + (tl.zeros((REGISTERS, LANES), tl.float32),)
 
@@ -625,14 +623,14 @@ def write_gradients(
 
                 raw_gradient = ()
                 for i in tl.static_range(TILE):
-                    value = tl.load(source + place[i] + channel, mask=channel < limit[i], other=0.0).to(tl.float32)
+                    value = tl.load(source + place[i] + channel, mask=inside, other=0.0).to(tl.float32)
                     # ``rates`` holds A * log2(e).
                     slope = (dt_gradient[i] * LN_2 + drive_gradient[i] * value) * _softplus_slope(dt[i])
                     raw_gradient = raw_gradient + (slope,)
                     bias_sum += slope
                     skip_sum += y_gradient[i] * value
                     added = dt[i] * drive_gradient[i] + skip_weight * y_gradient[i]
-                    _add(source_gradient + place[i] + channel, added, channel < limit[i])
+                    _add(source_gradient + place[i] + channel, added, inside)
                 for r in range(RANK):
                     weight = tl.load(dt_weight + (direction * RANK + r) * dim + channel, mask=inside, other=0.0)
                     weight_sum = tl.zeros((REGISTERS, LANES), tl.float32)
