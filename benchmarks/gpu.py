@@ -73,6 +73,8 @@ VARIANTS = [
     {"CHUNK_STEPS": 128},
     {"_PROGRAMS": 2048},
     {"_PROGRAMS": 8192},
+    {"_LAUNCH": {"num_warps": 1, "enable_fp_fusion": True, "maxnreg": 168}},
+    {"_LAUNCH": {"num_warps": 1, "enable_fp_fusion": True, "maxnreg": 128}},
 ]
 """Constants of the back end to try; the first is as it is."""
 
@@ -106,6 +108,7 @@ class FusedSS2D(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        """Output (B, H, W, D) of the fields of ``SS2DInputs``."""
         inputs = SS2DInputs(*tensors)
         keep = any(ctx.needs_input_grad)
         out, states = backend_triton.ss2d_forward(inputs, keep)
@@ -115,6 +118,7 @@ class FusedSS2D(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of all inputs."""
         *tensors, states = ctx.saved_tensors
         return tuple(backend_triton.ss2d_backward(SS2DInputs(*tensors), states, gradient))
 
@@ -282,14 +286,11 @@ def section_kernels(device: str, dry: bool) -> Iterator[object]:
 
 def section_variants(device: str, dry: bool) -> Iterator[object]:
     """Times with other constants of the back end, in interleaved rounds with the present ones."""
-    shape, states, rank, dtype = (DRY_TIMED if dry else TIMED)[0]
-    inputs = make_inputs(shape, states, rank, dtype, device)
-    gradient = torch.ones_like(inputs.x)
     present = {name: getattr(backend_triton, name) for variant in VARIANTS for name in variant}
     results: dict[str, dict[str, Any]] = {}
 
-    def with_constants(variant: dict[str, int], mode: str) -> Callable[[], object]:
-        call = caller(FusedSS2D.apply, inputs, mode, gradient)
+    def with_constants(variant: dict[str, Any], mode: str, inputs: SS2DInputs) -> Callable[[], object]:
+        call = caller(FusedSS2D.apply, inputs, mode, torch.ones_like(inputs.x))
 
         def run() -> object:
             for name, value in (present | variant).items():
@@ -298,26 +299,29 @@ def section_variants(device: str, dry: bool) -> Iterator[object]:
 
         return run
 
+    # The first two differ in the number of states.
+    cases = [(case, make_inputs(*case, device)) for case in (DRY_TIMED if dry else TIMED)[:2]]
     calls = {}
     for variant in VARIANTS[:2] if dry else VARIANTS:
-        for mode in (FORWARD, BOTH):
-            name = f"{mode} {json.dumps(variant)}"
-            results[name] = {}
-            with recorded_failure(results[name]):
-                call = with_constants(variant, mode)
-                call()
-                calls[name] = call
-            for key, times in interleaved(calls, 1 if dry else 5, device).items():
-                results[key] = {"median_ms": statistics.median(times)}
-            yield results
+        for (_, states, _, _), inputs in cases:
+            for mode in (FORWARD, BOTH):
+                name = f"N={states} {mode} {json.dumps(variant)}"
+                results[name] = {}
+                with recorded_failure(results[name]):
+                    call = with_constants(variant, mode, inputs)
+                    call()
+                    calls[name] = call
+        for key, times in interleaved(calls, 1 if dry else 5, device).items():
+            results[key] = {"median_ms": statistics.median(times)}
+        yield results
 
 
 SECTIONS = {
     "bandwidth": (section_bandwidth, 60),
-    "correctness": (section_correctness, 210),
-    "speed": (section_speed, 200),
-    "kernels": (section_kernels, 60),
-    "variants": (section_variants, 150),
+    "correctness": (section_correctness, 200),
+    "speed": (section_speed, 180),
+    "kernels": (section_kernels, 40),
+    "variants": (section_variants, 200),
 }
 """Sections in their order, with the most seconds of each."""
 

@@ -219,7 +219,7 @@ def table(measured: dict) -> str:
             118,
         ),
         "",
-        "| type of x | N | rank | pass | registers | stack bytes | instructions per element | bytes per pixel, channel |",
+        "| type of x | N | rank | pass | registers | stack bytes | instructions / element | bytes / (pixel, channel) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for result in measured["results"]:

@@ -1,7 +1,7 @@
 """Runs the kernels of the fused SS2D in Triton's interpreter and compares them with a reference in float64.
 
-A script, not a test module: the interpreter must be asked for before Triton is imported. ``test_triton.py`` runs it with
-cases as JSON and reads what it prints: by case, the largest relative errors of the output and of all gradients.
+A script, not a test module: the interpreter must be asked for before Triton is imported. ``test_triton.py`` runs it
+with cases as JSON and reads what it prints: by case, the largest relative errors of the output and of all gradients.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nnunetv2_smallseg.ops.ss2d_arguments import SS2DInputs
 
 def reference(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds):
     """SS2D as four scans one after the other, each of a sequence written out."""
-    batch, height, width, channels = x.shape
+    channels = x.shape[3]
     rank, states = dt_projs_weight.shape[2], A_logs.shape[1]
     out = torch.zeros_like(x)
     for k in range(4):
@@ -59,7 +59,7 @@ def relative_error(value, target):
 
 
 def errors(backend, inputs, keep_states=True):
-    """Errors of a back end by tensor, relative to the largest value of the tensor; only of the output without states."""
+    """Errors of a back end by tensor, relative to the largest value of each; without states only that of the output."""
     leaves = [tensor.double().requires_grad_() for tensor in inputs]
     expected = reference(*leaves)
     out, states = backend.ss2d_forward(inputs, keep_states)

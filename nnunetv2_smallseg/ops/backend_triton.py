@@ -208,7 +208,7 @@ def _projection_gradients(call: _Call, projected: Tensor) -> tuple[Tensor, Tenso
 
 
 def _magic_number(height: int) -> int:
-    """m with position // height = position * m // 2^31."""
+    """The m with position // height = position * m // 2^31."""
     return -(-(2**31) // height)
 
 

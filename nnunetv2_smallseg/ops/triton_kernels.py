@@ -15,8 +15,15 @@ A program is one warp and a lane is a channel: states, decays and sums over stat
 exist only as an order of pixels: position l is pixel l * stride - floor(l / H) * wrap, with stride 1 and no wrap along
 rows, and stride W and wrap H * W - 1 along columns. ``magic`` = ceil(2^31 / H) makes the floor a multiplication.
 
-Decays are powers of two: ``rates`` holds A * log2(e).
+Decays are powers of two: ``rates`` holds A * log2(e). Arguments that several kernels share:
+
+- ``length`` L, ``dim`` D, ``chunks``; ``stride``, ``wrap`` and ``magic`` of the order along columns;
+- ``RANK`` of the step sizes and ``NUM_STATES`` N, rounded up to powers of two in ``RANKS`` and ``STATES``;
+- ``LANES`` of a warp, ``REGISTERS`` channels of a lane.
 """
+
+# Tuples are joined with +: Triton knows no starred expressions. Shared arguments are described once, above.
+# ruff: noqa: RUF005, D417
 
 from __future__ import annotations
 
@@ -54,7 +61,7 @@ _POINTERS = (
 )
 
 
-def _kernel(function):  # noqa: ANN001, ANN202
+def _kernel(function):
     """``triton.jit`` without specialisation.
 
     Told that addresses are multiples of 16 bytes, Triton gives each lane several neighbouring channels and moves the
@@ -170,9 +177,7 @@ def summarize_chunks(
     lane = tl.arange(0, LANES)[None, None, :]
     channel = (tl.program_id(1) * REGISTERS + register) * LANES + lane
     inside = channel < dim
-    rate = tl.load(
-        rates + (direction * NUM_STATES + n) * dim + channel, mask=(n < NUM_STATES) & inside, other=0.0
-    )
+    rate = tl.load(rates + (direction * NUM_STATES + n) * dim + channel, mask=(n < NUM_STATES) & inside, other=0.0)
     weight = tl.load(dt_weight + (direction * RANK + r) * dim + channel, mask=(r < RANK) & inside, other=0.0)
     bias = tl.load(dt_bias + direction * dim + channel, mask=inside, other=0.0)
 
@@ -304,16 +309,12 @@ def write_outputs(
         direction = COLUMNS + 2 * backwards
         sign = 1 - 2 * backwards
         first = chunk * CHUNK + backwards * (count - 1)
-        rate = tl.load(
-            rates + (direction * NUM_STATES + n) * dim + channel, mask=(n < NUM_STATES) & inside, other=0.0
-        )
+        rate = tl.load(rates + (direction * NUM_STATES + n) * dim + channel, mask=(n < NUM_STATES) & inside, other=0.0)
         weight = tl.load(dt_weight + (direction * RANK + r) * dim + channel, mask=(r < RANK) & inside, other=0.0)
         bias = tl.load(dt_bias + direction * dim + channel, mask=inside, other=0.0)
         skip_weight = tl.load(skip + direction * dim + channel, mask=inside, other=0.0)
         slot = (batch.to(tl.int64) * 4 + direction) * chunks + chunk
-        state = tl.load(
-            states + (slot * NUM_STATES + n) * dim + channel, mask=(n < NUM_STATES) & inside, other=0.0
-        )
+        state = tl.load(states + (slot * NUM_STATES + n) * dim + channel, mask=(n < NUM_STATES) & inside, other=0.0)
         rows = projected + (batch.to(tl.int64) * length * 4 + direction) * FEATURES
         begun = COLUMNS + backwards > 0
         finished = COLUMNS + backwards == 2
@@ -339,7 +340,7 @@ def write_outputs(
 
 @triton.jit
 def _exchange(rows, COUNT: tl.constexpr, DISTANCE: tl.constexpr, LANES: tl.constexpr):
-    """Halves ``COUNT`` tensors (LANES,): a lane keeps one half, adds what its partner has of it, and gives the other."""
+    """Halves ``COUNT`` tensors (LANES,): a lane keeps one half, adds its partner's part of it, and gives the other."""
     lane = tl.arange(0, LANES)
     upper = (lane & DISTANCE) != 0
     halved = ()
@@ -400,7 +401,7 @@ def _write_boundaries(
     REGISTERS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Stores the states that enter the tiles of a chunk, (tiles, NUM_STATES, REGISTERS * LANES), for one block of channels."""
+    """Stores the states that enter the tiles of a chunk, (tiles, NUM_STATES, channels), for one block of channels."""
     n = tl.arange(0, STATES)[:, None, None]
     r = tl.arange(0, RANKS)[:, None, None]
     register = tl.arange(0, REGISTERS)[None, :, None]
