@@ -14,6 +14,7 @@ import pytest
 import torch
 import triton_cases
 
+from benchmarks import gpu
 from nnunetv2_smallseg.ops import backend_triton
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,9 +41,16 @@ GROUPS = {
     ],
     "many states": [
         {"shape": [1, 3, 2, 5], "states": 16, "rank": 2, "dtype": "float32", "chunk": 4, "tile": 2},
-        {"shape": [1, 1, 3, 3], "states": 64, "rank": 1, "dtype": "float32", "chunk": 2, "tile": 1},
+        {"shape": [1, 1, 2, 3], "states": 64, "rank": 1, "dtype": "float32", "chunk": 1, "tile": 1},
     ],
 }
+
+
+def run_python(*arguments, **environment):
+    """Runs Python in a new process that finds this package and the modules of the tests."""
+    paths = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
+    settings = {**os.environ, "PYTHONPATH": paths, **environment}
+    return subprocess.run([sys.executable, *arguments], env=settings, capture_output=True, text=True, timeout=600)
 
 
 @needs_triton
@@ -50,10 +58,7 @@ GROUPS = {
 def test_interpreted(group):
     """Output and all gradients against the reference in float64."""
     cases = GROUPS[group]
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(triton_cases.__file__)), json.dumps(cases)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    result = run_python(triton_cases.__file__, json.dumps(cases), TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     answers = json.loads(result.stdout)
     assert len(answers) == len(cases)
@@ -154,14 +159,12 @@ def test_without_compiler(availability, monkeypatch):
 
 
 def test_import_is_light():
-    """Neither Triton nor nnU-Net is imported with the operators."""
-    script = (
-        "import sys, nnunetv2_smallseg.ops.backend_triton; "
-        "print(sorted({'triton', 'numba', 'nnunetv2'} & set(sys.modules)))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    """Neither Triton nor nnU-Net is imported with the operators, and no nnU-Net with the program for a GPU."""
+    script = "import sys, {}; print(sorted({{'triton', 'numba', 'nnunetv2'}} & set(sys.modules)))"
+    for module in ("nnunetv2_smallseg.ops.backend_triton", "benchmarks.gpu"):
+        result = run_python("-c", script.format(module))
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.strip() == "[]"
 
 
 # Machine code
@@ -181,6 +184,89 @@ def test_compiled_for_sm_90():
     for name in ("forward", "backward"):
         for count in ("instructions_per_element", "stack_bytes"):
             assert measured[name][count] <= 1.1 * expected[name][count]
+
+
+LAUNCH_SCRIPT = """
+import json
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+import triton_cases
+from nnunetv2_smallseg.ops import backend_triton, triton_kernels
+
+class Driver:
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+
+driver.set_active(Driver())
+launches = []
+
+def launch(call, name, grid, *arguments, **sizes):
+    kernel = getattr(triton_kernels, name).warmup(*arguments, grid=grid, **sizes, **backend_triton._LAUNCH)
+    launches.append((name, grid, kernel.metadata.num_warps, "divisibility" in kernel.asm["ttir"]))
+
+backend_triton._Call.launch = launch
+inputs = triton_cases.make_inputs((2, 11, 12, 40), 2, 1, torch.float16)
+out, states = backend_triton.ss2d_forward(inputs, True)
+backend_triton.ss2d_backward(inputs, states, out)
+print(json.dumps(launches))
+"""
+
+
+@needs_triton
+def test_launches_as_on_a_gpu():
+    """What the host side launches compiles as on an H100, which a stand-in for the driver reports; nothing runs."""
+    pytest.importorskip("triton.backends.nvidia")
+    result = run_python("-c", LAUNCH_SCRIPT)
+    assert result.returncode == 0, result.stderr
+    # 132 pixels are three chunks, 40 channels two blocks. No argument is told to be aligned: see ``_kernel``.
+    rows_and_columns = [["write_outputs", [3, 2, 2], 1, False]] * 2
+    carried = [["summarize_chunks", [2, 2, 8], 1, False], ["carry_states", [3, 8], 1, False]]
+    gradients = [["write_gradients", [3, 2, 2], 1, False]] * 2
+    assert json.loads(result.stdout) == [*carried, *rows_and_columns, *carried, *gradients]
+
+
+# The program for a GPU, on the CPU
+
+
+def test_gpu_benchmark_checks_every_path(tmp_path):
+    """A section runs in a process of its own, on tiny maps; without Triton, only the composed path is there."""
+    section = gpu.start_section("correctness", True, tmp_path / "gpu.json", 600)
+    assert "failure" not in section
+    results = section["results"]
+    assert {result["path"] for result in results} >= ({"torch", "triton"} if HAS_TRITON else {"torch"})
+    assert all(result["passed"] for result in results)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gpu_benchmark_survives_a_section(tmp_path, monkeypatch):
+    """A section that fails or hangs is named, and what it has written is kept."""
+    (tmp_path / "gpu.speed.json").write_text("[1]")
+
+    def stopped(command, timeout, **options):
+        (tmp_path / "gpu.speed.json").write_text("[2]")
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(gpu.subprocess, "run", stopped)
+    section = gpu.start_section("speed", True, tmp_path / "gpu.json", 7)
+    assert section["failure"].startswith("stopped after 7 seconds")
+    assert section["results"] == [2]
+    failed = subprocess.CompletedProcess([], 1, "", "illegal memory access")
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *arguments, **options: failed)
+    assert gpu.start_section("speed", True, tmp_path / "gpu.json", 7)["failure"].endswith("illegal memory access")
+
+
+def test_gpu_benchmark_notes_failures():
+    result = {}
+    with gpu.recorded_failure(result):
+        raise RuntimeError("out of memory")
+    assert result["passed"] is False
+    assert "out of memory" in result["failure"]
+    assert gpu.ratios({"triton": {"median_ms": 2.0}, "torch": {"median_ms": 9.0}, "mamba_ssm": result}) == {
+        "than torch": 4.5
+    }
+    assert gpu.ratios({"torch": {"median_ms": 9.0}}) == {}
 
 
 @pytest.mark.cuda
