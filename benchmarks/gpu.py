@@ -94,7 +94,7 @@ def composed(scan: Callable[..., Tensor], dtype: torch.dtype | None = None) -> C
         A, bias = -A_logs.exp(), dt_bias.flatten()
         own = dtype or x.dtype
         u, dt = sequences.flatten(1, 2).to(own), dt.flatten(1, 2).to(own)
-        y = scan(u, dt, A, B.to(own), C.to(own), Ds, bias, True).to(dtype or torch.float32)
+        y = scan(u, dt, A, B.to(own), C.to(own), Ds, bias, True)
         y = y.view(batch, 4, channels, -1)
         y = y[:, :2] + y[:, 2:].flip(-1)
         columns = y[:, 1].view(batch, channels, width, height).transpose(2, 3).flatten(2)
@@ -109,11 +109,8 @@ class FusedSS2D(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
         """Output (B, H, W, D) of the fields of ``SS2DInputs``."""
-        inputs = SS2DInputs(*tensors)
-        keep = any(ctx.needs_input_grad)
-        out, states = backend_triton.ss2d_forward(inputs, keep)
-        if keep:
-            ctx.save_for_backward(*tensors, states)
+        out, states = backend_triton.ss2d_forward(SS2DInputs(*tensors), True)
+        ctx.save_for_backward(*tensors, states)
         return out
 
     @staticmethod
@@ -121,6 +118,13 @@ class FusedSS2D(torch.autograd.Function):
         """Gradients of all inputs."""
         *tensors, states = ctx.saved_tensors
         return tuple(backend_triton.ss2d_backward(SS2DInputs(*tensors), states, gradient))
+
+
+def fused(*tensors: Tensor) -> Tensor:
+    """SS2D by the Triton back end; without gradients it keeps no states."""
+    if torch.is_grad_enabled():
+        return FusedSS2D.apply(*tensors)
+    return backend_triton.ss2d_forward(SS2DInputs(*tensors), False)[0]
 
 
 def named_scan(name: str) -> Callable[..., Tensor]:
@@ -137,7 +141,7 @@ def paths() -> dict[str, Callable[..., Tensor]]:
     """SS2D by name, as far as available; the scans by others get the types that their networks give them."""
     found = {}
     if backend_triton.unavailable() is None:
-        found["triton"] = FusedSS2D.apply
+        found["triton"] = fused
     if mamba.unavailable() is None:
         found["mamba_ssm"] = composed(named_scan("mamba_ssm"), torch.float32)
     found["torch"] = composed(named_scan("torch"), torch.float32)
@@ -250,6 +254,8 @@ def section_speed(device: str, dry: bool) -> Iterator[object]:
             for name, times in interleaved(calls, 1 if dry else 11, device).items():
                 result["paths"][name] |= {"median_ms": statistics.median(times), "fastest_ms": min(times)}
             result["times_faster"] = ratios(result["paths"])
+            with recorded_failure(result):
+                result["largest_difference"] = differences(calls)
             results.append(result)
             yield results
 
@@ -261,13 +267,20 @@ def ratios(measured: dict[str, dict[str, float]]) -> dict[str, float]:
     return {} if own is None else {f"than {name}": other / own for name, other in medians.items()}
 
 
+def differences(calls: dict[str, Callable[[], tuple[Tensor, ...]]]) -> dict[str, float]:
+    """Largest relative difference of all tensors of each path to those of the last one."""
+    *others, last = calls
+    targets = calls[last]()
+    return {f"{name} to {last}": max(map(relative_error, calls[name](), targets)) for name in others}
+
+
 def section_kernels(device: str, dry: bool) -> Iterator[object]:
     """Time of every kernel within one forward and backward pass, by PyTorch's profiler."""
     shape, states, rank, dtype = (DRY_TIMED if dry else TIMED)[0]
     results = []
     for number in (states, 1):
         inputs = make_inputs(shape, number, rank, dtype, device)
-        call = caller(FusedSS2D.apply, inputs, BOTH, torch.ones_like(inputs.x))
+        call = caller(fused, inputs, BOTH, torch.ones_like(inputs.x))
         call()
         activities = [torch.profiler.ProfilerActivity.CPU]
         if device == "cuda":
@@ -290,7 +303,7 @@ def section_variants(device: str, dry: bool) -> Iterator[object]:
     results: dict[str, dict[str, Any]] = {}
 
     def with_constants(variant: dict[str, Any], mode: str, inputs: SS2DInputs) -> Callable[[], object]:
-        call = caller(FusedSS2D.apply, inputs, mode, torch.ones_like(inputs.x))
+        call = caller(fused, inputs, mode, torch.ones_like(inputs.x))
 
         def run() -> object:
             for name, value in (present | variant).items():
