@@ -1,7 +1,7 @@
 """The fused SS2D on CUDA: projections of the step sizes, four scans and their sum in kernels of our own (Triton).
 
 Only the projection of the pixels to features is a matrix product outside the kernels. Nothing of the size of four
-sequences is ever stored, and nothing is added atomically: two runs give the same bits.
+sequences is ever stored, and nothing is added atomically: sums have a fixed order, so no deterministic mode is needed.
 
 With ``TRITON_INTERPRET=1`` set before Triton is imported, Triton's interpreter runs the kernels on CPU tensors, very
 slowly; so they can be tested without a GPU.
