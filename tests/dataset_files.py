@@ -59,7 +59,9 @@ def write_uls(root: Path, names: dict[str, list[str]], test=(), shape=(8, 8, 4),
             image, label = volume_pair(int(hashlib.sha256(base.encode()).hexdigest()[:8], 16), shape)
             assert label.any(axis=(0, 1)).nonzero()[0].tolist() == [weak_slice]
             write_nifti(root / "ULS23" / subset / "images" / f"{base}.nii.gz", image[..., None].astype(np.float32))
-            folder = root / "annotations" / subset / ("labels_grabcut" if subset in ("DeepLesion", "CCC18") else "labels")
+            folder = (
+                root / "annotations" / subset / ("labels_grabcut" if subset in ("DeepLesion", "CCC18") else "labels")
+            )
             folder.mkdir(parents=True, exist_ok=True)
             with zipfile.ZipFile(folder / f"{base}.nii.gz.zip", "w") as archive:
                 archive.writestr(f"{base}.nii.gz", nifti_bytes(label[..., None].astype(np.float32)))

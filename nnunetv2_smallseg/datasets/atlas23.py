@@ -83,7 +83,8 @@ def plan(source: str | Path, plain_labels: bool = False) -> Plan:
             "licence": "CC BY-NC-SA 4.0",
             "reference": "https://atlas-challenge.u-bourgogne.fr",
             "citation": "Quinton et al., A Tumour and Liver Automatic Segmentation (ATLAS) Dataset on "
-            "Contrast-Enhanced Magnetic Resonance Imaging for Hepatocellular Carcinoma, Data 2023, 8(5), 79, doi 10.3390/data8050079",
+            "Contrast-Enhanced Magnetic Resonance Imaging for Hepatocellular "
+            "Carcinoma, Data 2023, 8(5), 79, doi 10.3390/data8050079",
         },
         notes=notes,
     )

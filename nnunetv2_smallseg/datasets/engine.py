@@ -22,7 +22,7 @@ import signal
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -263,9 +263,8 @@ def convert(
     folder.mkdir(parents=True, exist_ok=True)
     with _locked_journal(folder) as journal:
         _remove_temporary_files(folder)
-        records = _start_journal(journal, folder, dict(settings), overwrite)
-        planned = {case.identifier for case in cases}
-        for name in [name for name in records if name not in planned or not _is_complete(folder, records[name])]:
+        records = _start_journal(journal, folder, dict(settings), overwrite, {case.identifier for case in cases})
+        for name in [name for name in records if not _is_complete(folder, records[name])]:
             _remove_files(folder, records.pop(name))
         todo = [case for case in cases if case.identifier not in records]
         tasks = [(case, folder, plan.file_ending, plan.allowed_values(), plan.lesion_values) for case in todo]
@@ -319,7 +318,11 @@ def _locked_journal(folder: Path) -> Iterator[Any]:
         with path.open("a+", encoding="utf-8") as journal:
             # Another process may have finished, and removed the journal, between our opening and locking it.
             if _lock(journal) and path.exists() and os.path.samestat(path.stat(), os.fstat(journal.fileno())):
-                yield journal
+                try:
+                    yield journal
+                finally:
+                    if path.exists() and path.stat().st_size == 0:  # stopped before anything was begun
+                        path.unlink()
                 return
         if time.monotonic() > deadline:
             raise DatasetError(f"another conversion is writing {folder}: wait for it to end")
@@ -341,7 +344,9 @@ def _lock(stream: Any) -> bool:
     return True
 
 
-def _start_journal(journal: Any, folder: Path, settings: dict, overwrite: bool) -> dict[str, dict]:
+def _start_journal(
+    journal: Any, folder: Path, settings: dict, overwrite: bool, planned: Container[str]
+) -> dict[str, dict]:
     """Reads what earlier runs finished and begins a new part of the journal; returns records to keep, by case."""
     records: dict[str, dict] = {}
     known = None
@@ -365,6 +370,12 @@ def _start_journal(journal: Any, folder: Path, settings: dict, overwrite: bool) 
         raise UsageError(
             f"{folder} was written with other options ({_difference(known, settings)}): use the same options, "
             "another number, or --overwrite to convert again"
+        )
+    gone = sorted(name for name in records if name not in planned)
+    if gone and not overwrite:
+        raise DatasetError(
+            f"{len(gone)} converted cases, such as {gone[0]}, are no longer in the source: bring it back to add more "
+            "cases, use another number, or --overwrite to convert again what is there now"
         )
     if overwrite:
         # Before the journal forgets them, so that a kill leaves none behind.
@@ -641,6 +652,10 @@ def _finish(plan: Plan, folder: Path, settings: dict, records: dict[str, dict], 
             (folder / name).unlink(missing_ok=True)
         write_json(report, folder / REPORT)
         return Outcome(folder, report, messages)
+    both = sorted({groups[r["case"]] for r in training} & {groups[n] for n, r in records.items() if r["test"]})
+    report["patients_in_training_and_test"] = both
+    if both:
+        messages.append(f"{len(both)} patients are in training and test cases: {', '.join(both[:5])}")
     splits = plan.folds([{**record, "group": groups[record["case"]]} for record in training])
     if splits is None:
         (folder / SPLITS).unlink(missing_ok=True)
