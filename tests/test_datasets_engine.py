@@ -55,10 +55,16 @@ def picture_plan(count: int, **fields) -> engine.Plan:
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
+import cc3d
 from nnunetv2_smallseg.datasets import engine, kits23
 assert "torch" not in sys.modules
 
-source, target, kills, seconds = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+source, target, whole, kills = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+started = time.perf_counter()
+engine.convert(kits23.plan(source), whole, {"converter": "kits23"})
+seconds = 0.7 * (time.perf_counter() - started)
+print("whole", flush=True)
+sys.stdin.readline()
 wait = random.Random(5)
 killed = 0
 while killed < kills:
@@ -86,18 +92,18 @@ def check_partial_tree(folder, expected: dict[str, bytes]) -> None:
 def test_kill_and_resume_ends_in_the_same_tree(tmp_path):
     source, target, whole = tmp_path / "source", tmp_path / "target", tmp_path / "whole"
     write_kits(source, range(16))
-    started = time.perf_counter()
-    engine.convert(kits23.plan(source), whole, {"converter": "kits23"})
-    seconds = time.perf_counter() - started
-    expected = tree(whole)
+    expected: dict[str, bytes] = {}
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", KILLER, str(source), str(target), "30", str(seconds / 4)]
+    command = [sys.executable, "-c", KILLER, str(source), str(target), str(whole), "30"]
     finished = 0
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as killer:
         for line in killer.stdout:
-            if target.exists():
+            if line == "whole\n":
+                expected = tree(whole)
+            elif target.exists():
                 check_partial_tree(target, expected)
-                if line == "finished\n" or not (target / engine.JOURNAL).exists() and (target / engine.REPORT).exists():
+                done = (target / engine.REPORT).exists() and not (target / engine.JOURNAL).exists()
+                if line == "finished\n" or done:
                     assert tree(target) == expected
                     finished += 1
                     target.rename(tmp_path / f"finished_{finished}")
@@ -171,7 +177,7 @@ def test_cases_that_left_the_source_are_not_deleted(tmp_path, raw):
     folder = convert_kits(tmp_path / "source", raw).folder
     before = tree(folder)
     (tmp_path / "source" / "dataset" / "case_00002").rename(tmp_path / "elsewhere")
-    with pytest.raises(DatasetError, match="case_00002.*no longer in the source"):
+    with pytest.raises(DatasetError, match=r"case_00002.*no longer in the source"):
         convert_kits(tmp_path / "source", raw)
     assert {name: content for name, content in tree(folder).items() if name != engine.JOURNAL} == before
     assert convert_kits(tmp_path / "source", raw, overwrite=True).report["cases_written"] == 3
