@@ -137,7 +137,7 @@ def _read_header(stream, name: str) -> nibabel.Nifti1Header:
     try:
         header = nibabel.Nifti1Header(block, check=False)
         header.get_data_dtype()
-    except (HeaderDataError, ImageFileError, ValueError) as error:
+    except (HeaderDataError, ImageFileError, ValueError, KeyError) as error:
         raise CaseError(f"{name} is no NIfTI-1 file: {error}") from error
     if int(header["sizeof_hdr"]) != HEADER_BYTES or header["magic"].item() != b"n+1":
         raise CaseError(f"{name} is no single-file NIfTI-1 file")
