@@ -79,13 +79,6 @@ def plan(source: str | Path, plain_labels: bool = False) -> Plan:
         skipped=skipped,
         failed=failed,
         regions_class_order=None if plain_labels else (1, 2),
-        description={
-            "licence": "CC BY-NC-SA 4.0",
-            "reference": "https://atlas-challenge.u-bourgogne.fr",
-            "citation": "Quinton et al., A Tumour and Liver Automatic Segmentation (ATLAS) Dataset on "
-            "Contrast-Enhanced Magnetic Resonance Imaging for Hepatocellular "
-            "Carcinoma, Data 2023, 8(5), 79, doi 10.3390/data8050079",
-        },
         notes=notes,
     )
 

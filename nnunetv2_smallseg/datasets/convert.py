@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ __all__ = ["convert_dataset", "plan_conversion"]
 def plan_conversion(entry: Converter, source: str | Path, options: Mapping[str, Any]) -> engine.Plan:
     """Lists what a converter finds in ``source``; its function says what it raises."""
     module = importlib.import_module(f"nnunetv2_smallseg.datasets.{entry.module}")
-    return getattr(module, entry.function)(source, **entry.fixed, **options)
+    plan = getattr(module, entry.function)(source, **entry.fixed, **options)
+    if entry.dataset_name is None:  # the user's own data
+        return plan
+    about = {"licence": entry.licence, "reference": entry.source, "citation": entry.citation}
+    return replace(plan, description={**about, **plan.description})
 
 
 def convert_dataset(

@@ -86,12 +86,7 @@ def plan(source: str | Path, plain_labels: bool = False) -> Plan:
         regions_class_order=None if plain_labels else (1, 3, 2),
         reader="NibabelIOWithReorient",
         folds=kits23_folds,
-        description={
-            "licence": "CC BY-NC-SA 4.0",
-            "reference": "https://kits-challenge.org/kits23/",
-            "citation": "Heller et al., The KiTS21 Challenge, arXiv 2307.01984",
-            "description": "KiTS2023",
-        },
+        description={"description": "KiTS2023"},
     )
 
 

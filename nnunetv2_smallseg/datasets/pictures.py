@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from nnunetv2_smallseg.datasets.archives import Source
 from nnunetv2_smallseg.errors import CaseError
 
-__all__ = ["Picture", "read_label_map", "read_mask", "read_picture"]
+__all__ = ["Picture", "is_colour", "read_label_map", "read_mask", "read_picture"]
 
 MAX_PIXELS = 1 << 27
 MAX_FILE_BYTES = 1 << 30
@@ -25,17 +25,23 @@ COLOUR_MODES = ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "YCbCr", "CMYK", "LAB"
 
 @dataclass(frozen=True)
 class Picture:
-    """A 2D image, (Y, X) or (Y, X, channels)."""
+    """A 2D image.
+
+    Attributes:
+        array: (Y, X) or (Y, X, channels).
+        format: ``png`` for 8 bits a channel, ``tif`` for any number type.
+    """
 
     array: np.ndarray
+    format: str = "png"
 
     def with_array(self, array: np.ndarray) -> Picture:
         """A picture of other values."""
-        return Picture(array)
+        return replace(self, array=array)
 
     def write(self, target: Path) -> None:
-        """Writes 8-bit values as PNG, others as TIFF; the same picture always gives the same bytes."""
-        if self.array.dtype == np.uint8:
+        """Writes it; the same picture always gives the same bytes."""
+        if self.format == "png":
             from PIL import Image
 
             Image.fromarray(self.array).save(target, format="PNG")
@@ -135,3 +141,8 @@ def read_label_map(source: Source) -> np.ndarray:
         raise CaseError(f"{source} has pixels of type {image.mode}: a grey or palette image of labels is expected")
     values = _pixels(image, source)
     return values.astype(np.uint8) if values.dtype == bool else values
+
+
+def is_colour(source: Source) -> bool:
+    """Whether an image is stored with colours; ``CaseError`` if it cannot be read."""
+    return _open(source).mode not in GREY_MODES

@@ -154,11 +154,6 @@ def plan(
                 ),
             }
         },
-        description={
-            "licence": "CC BY-NC-SA 4.0",
-            "reference": "https://uls23.grand-challenge.org",
-            "citation": "de Grauw et al., Medical Image Analysis 102 (2025) 103525, doi 10.1016/j.media.2025.103525",
-        },
         notes=[
             f"{len(kits)} patients are in KiTS23 too: its converter puts them into the same folds; do not train on "
             "KiTS23 cases that are in imagesTs here"
