@@ -120,6 +120,10 @@ class Case:
     stratum: str | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patient", _as_text(self.patient))
+        object.__setattr__(self, "sources", tuple(map(_as_text, self.sources)))
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -128,6 +132,10 @@ class Problem:
     name: str
     subset: str
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", _as_text(self.name))
+        object.__setattr__(self, "reason", _as_text(self.reason))
 
 
 @dataclass(frozen=True)
@@ -189,6 +197,11 @@ class Outcome:
     folder: Path
     report: dict
     messages: list[str]
+
+
+def _as_text(text: str) -> str:
+    """The text with whatever cannot be written as UTF-8 escaped: names of files may hold any bytes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def case_identifier(name: str) -> str:
@@ -506,7 +519,7 @@ def _convert_case(
         "lesion_mm3": [round(size * voxel, 4) for size in sizes],
         "image_sha256": _content_sha256(converted.images),
         "fixes": [*converted.fixes, *fixes],
-        "notes": list(converted.notes),
+        "notes": [_as_text(note) for note in converted.notes],
         "details": {**case.details, **converted.details},
         "files": files,
     }
