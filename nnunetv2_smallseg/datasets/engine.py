@@ -276,21 +276,22 @@ def convert(
     folder.mkdir(parents=True, exist_ok=True)
     with _locked_journal(folder) as journal:
         _remove_temporary_files(folder)
-        records = _start_journal(journal, folder, dict(settings), overwrite, {case.identifier for case in cases})
-        for name in [name for name in records if not _is_complete(folder, records[name])]:
-            _remove_files(folder, records.pop(name))
-        todo = [case for case in cases if case.identifier not in records]
+        done = _start_journal(journal, folder, dict(settings), overwrite, {case.identifier for case in cases})
+        todo = [case for case in cases if case.identifier not in done]
         tasks = [(case, folder, plan.file_ending, plan.allowed_values(), plan.lesion_values) for case in todo]
-        with tqdm(total=len(cases), initial=len(records), unit="case", disable=None if progress else True) as bar:
+        with tqdm(total=len(cases), initial=len(done), unit="case", disable=None if progress else True) as bar:
             for case, result in _run(tasks, num_processes):
                 if isinstance(result, str):
                     failed.append(Problem(case.identifier, case.subset, result))
                 else:
-                    records[case.identifier] = result
+                    # Kept on the disk only, so that memory does not grow with the number of cases.
                     journal.write(json.dumps(result) + "\n")
                     journal.flush()
+                    done.add(case.identifier)
                 bar.update()
         _remove_temporary_files(folder)
+        _, records = _read_records(journal, folder)
+        records = {name: record for name, record in records.items() if name in done}
         outcome = _finish(plan, folder, dict(settings), records, failed)
         (folder / JOURNAL).unlink()
     return outcome
@@ -357,15 +358,16 @@ def _lock(stream: Any) -> bool:
     return True
 
 
-def _start_journal(
-    journal: Any, folder: Path, settings: dict, overwrite: bool, planned: Container[str]
-) -> dict[str, dict]:
-    """Reads what earlier runs finished and begins a new part of the journal; returns records to keep, by case."""
+def _read_records(journal: Any, folder: Path) -> tuple[dict | None, dict[str, dict]]:
+    """Settings and records, by case, of all runs so far, finished or not."""
     records: dict[str, dict] = {}
     known = None
     if (folder / REPORT).is_file():
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        known, records = report["settings"], report["cases"]
+        try:
+            report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+            known, records = report["settings"], report["cases"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DatasetError(f"{folder / REPORT} was changed and cannot be read: {error}. Move it away.") from error
     journal.seek(0)
     for line in journal.read().splitlines():
         try:
@@ -378,6 +380,12 @@ def _start_journal(
                 records = {}
         else:
             records[entry["case"]] = entry
+    return known, records
+
+
+def _start_journal(journal: Any, folder: Path, settings: dict, overwrite: bool, planned: Container[str]) -> set[str]:
+    """Begins a new part of the journal; returns the cases that earlier runs finished."""
+    known, records = _read_records(journal, folder)
     settings = json.loads(json.dumps(settings))
     if known is not None and known != settings and not overwrite:
         raise UsageError(
@@ -397,7 +405,10 @@ def _start_journal(
         records = {}
     journal.write("\n" + json.dumps({"settings": settings, "anew": overwrite}) + "\n")
     journal.flush()
-    return records
+    incomplete = {name for name, record in records.items() if not _is_complete(folder, record)}
+    for name in incomplete:
+        _remove_files(folder, records[name])
+    return set(records) - incomplete
 
 
 def _difference(known: dict, settings: dict) -> str:
