@@ -3,7 +3,9 @@
 The cases are tiny so that what is measured is the engine: starting workers, files, journal, report. Reading and writing
 real volumes adds its own time to each case and its own, constant, memory to each process.
 
-Seconds include the start of Python and of the workers. Run on Linux (memory is read from /proc): python -m benchmarks.convert [-n 2000]
+Seconds include the start of Python and of the workers. Memory is read from /proc, so it needs Linux.
+
+Run: python -m benchmarks.convert [-n 2000]
 """
 
 from __future__ import annotations
