@@ -207,6 +207,29 @@ def test_other_options_and_other_data_sets_are_refused(tmp_path, raw):
     assert tree(foreign) == {"dataset.json": b"{}"}
 
 
+def test_overwriting_can_be_interrupted_too(tmp_path, raw, monkeypatch, capsys):
+    write_kits(tmp_path / "source", range(6))
+    folder = convert_kits(tmp_path / "source", raw).folder
+    expected = tree(folder)
+    run = engine._run
+
+    def interrupted(tasks, num_processes):
+        for number, result in enumerate(run(tasks, num_processes)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield result
+
+    monkeypatch.setattr(engine, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert_kits(tmp_path / "source", raw, overwrite=True)
+    assert len(list((folder / "labelsTr").iterdir())) == 4
+    assert main(["convert", "--check", "220"]) == 2
+    assert "was interrupted" in capsys.readouterr().err
+    monkeypatch.setattr(engine, "_run", run)
+    convert_kits(tmp_path / "source", raw)
+    assert tree(folder) == expected
+
+
 def test_nothing_is_written_through_links(tmp_path, raw):
     write_kits(tmp_path / "source", range(2))
     outside = tmp_path / "outside"

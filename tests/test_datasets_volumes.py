@@ -232,6 +232,8 @@ def test_uls_subsets_and_crop(tmp_path, raw):
     assert cut.report["notes"][name] == ["2 of 4 lesion voxels are outside of the crop"]
     large = convert_dataset("uls23", tmp_path / "source", 232, subsets=["LiTS"], crop=[99, 2, 2], dataset_name="Large")
     assert "does not fit" in large.report["failed"][0]["reason"]
+    with pytest.raises(UsageError, match="256 x 256 x 128 voxels"):
+        uls23.plan(tmp_path / "source", crop=[300, 2, 2])
     with pytest.raises(UsageError, match="unknown subsets MSD"):
         uls23.plan(tmp_path / "source", subsets=["MSD"])
     with pytest.raises(DatasetError, match="no images of CCC18"):
@@ -286,6 +288,9 @@ def test_uls_labels_in_a_folder_of_their_own(tmp_path, raw):
     for part in ("annotations", "baseline_model"):
         (tmp_path / "all" / part).rename(tmp_path / "repository" / part)
     plan = uls23.plan(tmp_path / "all", labels=tmp_path / "repository")
+    assert [case.identifier for case in plan.cases] == ["liver_0_lesion_01_sample_0"]
+    (tmp_path / "repository").rename(tmp_path / "all" / "repository")
+    plan = uls23.plan(tmp_path / "all", labels=tmp_path / "all" / "repository")
     assert [case.identifier for case in plan.cases] == ["liver_0_lesion_01_sample_0"]
 
 
@@ -399,7 +404,7 @@ def test_kits_problems_are_named_case_by_case(tmp_path, raw, capsys):
         assert message in reasons[name]
         assert f"failed: {name}" in errors
     assert report["skipped"][0]["name"] == "case_00002"
-    assert "onto the geometry of the image" in report["geometry_fixes"]["case_00007"][0]
+    assert "written with the geometry of the image" in report["geometry_fixes"]["case_00007"][0]
     label_file = nibabel.load(raw / "Dataset220_KiTS2023" / "labelsTr" / "case_00007.nii.gz")
     assert np.array_equal(label_file.affine, AFFINE.astype(np.float32))
 
@@ -490,6 +495,20 @@ def test_volumes_read_as_nibabel_reads_them(tmp_path, dtype):
         target = tmp_path / "out.nii.gz"
         volume.with_array(volume.array).write(target)
         assert np.array_equal(voxels(target), array)
+
+
+def test_labels_get_every_description_of_the_geometry(tmp_path, raw):
+    """SimpleITK and nibabel prefer different fields; a label whose fields differ is written with those of its image."""
+    write_atlas(tmp_path / "source", (0, 1))
+    label = nibabel.Nifti1Image(volume_pair(0, label=2)[1], AFFINE)
+    label.header.set_qform(np.diag([1, 1, 1, 1]), 1)
+    label.header.set_sform(AFFINE, 1)
+    nibabel.save(label, tmp_path / "source" / "train" / "labelsTr" / "lb0.nii.gz")
+    outcome = convert_dataset("atlas", tmp_path / "source", 233)
+    assert list(outcome.report["geometry_fixes"]) == ["atlas_000"]
+    written = nibabel.load(outcome.folder / "labelsTr" / "atlas_000.nii.gz")
+    assert np.allclose(written.get_qform(), AFFINE, atol=1e-6) and np.allclose(written.get_sform(), AFFINE, atol=1e-6)
+    assert main(["convert", "--check", "233"]) == 0
 
 
 def test_scale_factors_are_applied(tmp_path):

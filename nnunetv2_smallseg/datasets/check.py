@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from nnunetv2_smallseg.datasets.archives import Source
-from nnunetv2_smallseg.datasets.engine import REPORT, SPLITS, file_sha256, label_counts, raw_folder
+from nnunetv2_smallseg.datasets.engine import JOURNAL, REPORT, SPLITS, file_sha256, label_counts, raw_folder
 from nnunetv2_smallseg.datasets.pictures import read_picture
 from nnunetv2_smallseg.datasets.splits import patients_on_both_sides
-from nnunetv2_smallseg.datasets.volumes import GIBIBYTE, Volume, geometry_difference, read_volume
+from nnunetv2_smallseg.datasets.volumes import GIBIBYTE, Volume, same_geometry, read_volume
 from nnunetv2_smallseg.errors import CaseError, DatasetError, UsageError
 
 __all__ = ["check_dataset", "differences"]
@@ -32,10 +32,10 @@ def check_dataset(number: int) -> tuple[Path, dict]:
     if not folders:
         raise UsageError(f"--check {number}: no data set with this number in {raw}")
     path = folders[0] / REPORT
-    if not path.is_file():
+    if not path.is_file() or (folders[0] / JOURNAL).is_file():
         raise UsageError(
-            f"--check {number}: {folders[0]} has no {REPORT}: it was not written by smallseg convert, or the "
-            "conversion has not finished; start it again with the same command"
+            f"--check {number}: {folders[0]} is no finished conversion: it was written by something "
+            "else, or was interrupted; then start it again with the same command"
         )
     try:
         return folders[0], json.loads(path.read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ def _case_differences(folder: Path, record: dict) -> Iterator[str]:
     for image in images:
         if image.array.shape[: label.array.ndim] != label.array.shape:
             yield f"image and label differ in shape: {image.array.shape} and {label.array.shape}"
-        elif isinstance(image, Volume) and geometry_difference(image, label) > 0:
+        elif isinstance(image, Volume) and not same_geometry(image, label):
             yield "image and label differ in geometry"
         elif image.array.dtype.kind == "f" and not np.isfinite([image.array.min(), image.array.max()]).all():
             yield "the image holds NaN or infinite values"

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from nnunetv2_smallseg import __version__
 from nnunetv2_smallseg.datasets.splits import Splits, patient_folds, patients_on_both_sides
-from nnunetv2_smallseg.datasets.volumes import Volume, geometry_difference
+from nnunetv2_smallseg.datasets.volumes import Volume, same_geometry, geometry_difference
 from nnunetv2_smallseg.errors import CaseError, DatasetError, UsageError
 from nnunetv2_smallseg.files import replacing, write_json
 
@@ -562,8 +562,8 @@ def _checked(converted: Converted, allowed: tuple[int, ...]) -> tuple[dict[int, 
                 f"image and label lie {difference:.3g} mm apart (image: {first.orientation}, spacing {first.spacing}; "
                 f"label: {label.orientation}, spacing {label.spacing}): their geometry has to agree"
             )
-        if difference > 0:
-            fixes.append(f"label moved by {difference:.3g} mm onto the geometry of the image")
+        if not same_geometry(first, label):
+            fixes.append(f"label, {difference:.3g} mm away, written with the geometry of the image")
             label = first.with_array(label.array)
     return counts, label, fixes
 

@@ -277,13 +277,9 @@ def plan_polypgen(source: str | Path) -> Plan:
         "polyp",
         3,
         f"data_C1/images_C1/*.jpg and data_C1/masks_C1/*_mask.jpg below {root}",
-        folds=partial(grouped_folds, fold_of=_group),
+        folds=grouped_folds,
         notes=["video sequences (sequenceData) are not converted"],
     )
-
-
-def _group(record: dict) -> str:
-    return record["group"]
 
 
 def plan_fives(source: str | Path) -> Plan:

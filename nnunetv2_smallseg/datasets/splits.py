@@ -77,12 +77,12 @@ def patient_folds(records: Sequence[dict], fixed: Callable[[str], int | None] = 
     return _folds(records, fold_of, num_folds)
 
 
-def grouped_folds(records: Sequence[dict], fold_of: Callable[[dict], str]) -> Splits | None:
-    """One fold for each value of ``fold_of``, such as the centre of an image; None with fewer than two values."""
-    names = sorted({fold_of(record) for record in records})
-    if len(names) < 2:
+def grouped_folds(records: Sequence[dict]) -> Splits | None:
+    """One fold for each ``group``, such as the centre of an image; None with fewer than two of them."""
+    groups = sorted({record["group"] for record in records})
+    if len(groups) < 2:
         return None
-    return _folds(records, {record["group"]: names.index(fold_of(record)) for record in records}, len(names))
+    return _folds(records, {group: fold for fold, group in enumerate(groups)}, len(groups))
 
 
 def _folds(records: Sequence[dict], fold_of: dict[str, int], num_folds: int) -> Splits:

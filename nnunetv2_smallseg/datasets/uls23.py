@@ -30,7 +30,8 @@ from nnunetv2_smallseg.errors import CaseError, DatasetError, UsageError
 
 __all__ = ["SUBSETS", "Subset", "plan", "read_case", "uls23_folds"]
 
-# 256 x 256 x 128 voxels of 4 bytes are 32 MiB; nothing in the data set is larger.
+VOLUME_SHAPE = (256, 256, 128)
+# Such a volume of 4-byte voxels takes 32 MiB; nothing in the data set is larger.
 MAX_VOLUME_BYTES = 1 << 28
 IGNORE_LABEL = 2
 SPLIT_FILE = "train_test_split.json"
@@ -104,9 +105,13 @@ def plan(
         UsageError: If a folder or subset does not exist, or ``crop`` is impossible.
         DatasetError: If nothing of ULS23, or no official split, is there.
     """
+    if crop is not None and any(not 1 <= size <= whole for size, whole in zip(crop, VOLUME_SHAPE, strict=True)):
+        raise UsageError(f"--crop {' '.join(map(str, crop))}: volumes have {' x '.join(map(str, VOLUME_SHAPE))} voxels")
     roots = [existing_folder(source, "ULS23")]
     if labels is not None:
-        roots.append(existing_folder(labels, "the label repository of ULS23"))
+        repository = existing_folder(labels, "the label repository of ULS23")
+        if not repository.is_relative_to(roots[0]):  # then it is found anyway
+            roots.append(repository)
     chosen = _chosen_subsets(subsets, weak)
     listings = _list_files(roots)
     _check_downloads(roots, listings, chosen, asked=subsets is not None)
@@ -181,11 +186,13 @@ def _list_files(roots: Iterable[Path]) -> dict[str, Listing]:
     listings = {name: Listing() for name in SUBSETS}
     for root in roots:
         for folder in folders_below(root, not_into=("categories", ".git")):
-            subset = next((part for part in (folder.name, *[p.name for p in folder.parents]) if part in SUBSETS), None)
-            if subset is None:
+            parts = (root.name, *folder.relative_to(root).parts)
+            place = max((number for number, part in enumerate(parts) if part in SUBSETS), default=None)
+            if place is None:
                 continue
+            subset = parts[place]
             listing = listings[subset]
-            if _is_label_folder(folder, subset):
+            if not set(LABEL_FOLDERS).isdisjoint(parts[place:]):
                 for path in visible_files(folder, ".nii.gz", ".nii.gz.zip"):
                     listing.labels[_base_name(path.name)].append(path)
             else:
@@ -195,11 +202,6 @@ def _list_files(roots: Iterable[Path]) -> dict[str, Listing]:
                     if path.name != "categories.zip":
                         _list_archive(path, subset, listing)
     return listings
-
-
-def _is_label_folder(folder: Path, subset: str) -> bool:
-    below = folder.parts[len(folder.parts) - 1 - folder.parts[::-1].index(subset) :]
-    return any(part in LABEL_FOLDERS for part in below)
 
 
 def _list_archive(path: Path, subset: str, listing: Listing) -> None:

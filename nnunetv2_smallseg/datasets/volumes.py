@@ -19,7 +19,7 @@ from nibabel.spatialimages import HeaderDataError
 from nnunetv2_smallseg.datasets.archives import Source, decompressed, read_into
 from nnunetv2_smallseg.errors import CaseError
 
-__all__ = ["GIBIBYTE", "Volume", "cropped", "geometry_difference", "read_volume"]
+__all__ = ["GIBIBYTE", "Volume", "cropped", "same_geometry", "geometry_difference", "read_volume"]
 
 GIBIBYTE = 1 << 30
 HEADER_BYTES = 348
@@ -168,6 +168,21 @@ def geometry_difference(first: Volume, second: Volume) -> float:
     corners = np.stack(np.meshgrid(*[(0, size - 1) for size in first.shape], indexing="ij"), -1).reshape(-1, 3)
     shift = first.affine - second.affine
     return float(np.linalg.norm(corners @ shift[:3, :3].T + shift[:3, 3], axis=1).max())
+
+
+def same_geometry(first: Volume, second: Volume) -> bool:
+    """Whether every reader sees the same geometry: headers hold two descriptions, and readers differ in which they use.
+
+    SimpleITK and nibabel both know ``sform`` and ``qform`` but prefer them in a different order.
+    """
+    headers = first.header, second.header
+    for code, matrix in (("sform_code", "get_sform"), ("qform_code", "get_qform")):
+        used = [int(header[code]) > 0 for header in headers]
+        if used[0] != used[1]:
+            return False
+        if all(used) and not np.array_equal(*(getattr(header, matrix)() for header in headers)):
+            return False
+    return np.array_equal(first.affine, second.affine)
 
 
 def cropped(volume: Volume, start: tuple[int, ...], size: tuple[int, ...]) -> Volume:
