@@ -12,7 +12,7 @@ from nnunetv2_smallseg.datasets.archives import Source
 from nnunetv2_smallseg.datasets.engine import JOURNAL, REPORT, SPLITS, file_sha256, label_counts, raw_folder
 from nnunetv2_smallseg.datasets.pictures import read_picture
 from nnunetv2_smallseg.datasets.splits import patients_on_both_sides
-from nnunetv2_smallseg.datasets.volumes import GIBIBYTE, Volume, same_geometry, read_volume
+from nnunetv2_smallseg.datasets.volumes import GIBIBYTE, Volume, read_volume, same_geometry
 from nnunetv2_smallseg.errors import CaseError, DatasetError, UsageError
 
 __all__ = ["check_dataset", "differences"]

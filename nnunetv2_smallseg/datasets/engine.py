@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from nnunetv2_smallseg import __version__
 from nnunetv2_smallseg.datasets.splits import Splits, patient_folds, patients_on_both_sides
-from nnunetv2_smallseg.datasets.volumes import Volume, same_geometry, geometry_difference
+from nnunetv2_smallseg.datasets.volumes import Volume, geometry_difference, same_geometry
 from nnunetv2_smallseg.errors import CaseError, DatasetError, UsageError
 from nnunetv2_smallseg.files import replacing, write_json
 

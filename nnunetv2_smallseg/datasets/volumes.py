@@ -19,7 +19,7 @@ from nibabel.spatialimages import HeaderDataError
 from nnunetv2_smallseg.datasets.archives import Source, decompressed, read_into
 from nnunetv2_smallseg.errors import CaseError
 
-__all__ = ["GIBIBYTE", "Volume", "cropped", "same_geometry", "geometry_difference", "read_volume"]
+__all__ = ["GIBIBYTE", "Volume", "cropped", "geometry_difference", "read_volume", "same_geometry"]
 
 GIBIBYTE = 1 << 30
 HEADER_BYTES = 348
