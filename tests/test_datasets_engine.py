@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,7 +130,13 @@ def test_kill_with_worker_processes(tmp_path):
         deadline = time.monotonic() + 60
         while len(list((target / "labelsTr").glob("*.nii.gz"))) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        children = workers.read_text().split() if workers.exists() else []
         process.kill()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{child}/fd/0").exists() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(Path(f"/proc/{child}/fd/0").exists() for child in children), "workers outlive their parent"
     assert 0 < len(list((target / "labelsTr").glob("*.nii.gz"))) < 40
     check_partial_tree(target, expected)
     engine.convert(kits23.plan(source), target, {"converter": "kits23"}, num_processes=2)

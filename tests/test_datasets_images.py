@@ -168,11 +168,13 @@ def test_sets_convert_and_pass_nnunets_check(name, tmp_path, raw, monkeypatch, c
 
 def test_isic_pixels_and_official_folds(tmp_path, raw):
     make_isic(tmp_path / "source", 2018)
-    folder = convert_dataset("isic2018", tmp_path / "source", 901).folder
+    outcome = convert_dataset("isic2018", tmp_path / "source", 901)
+    folder = outcome.folder
     source = tmp_path / "source" / "ISIC2018_Task1-2_Training_Input" / "ISIC_0000001.jpg"
     assert np.array_equal(pixels(folder / "imagesTr" / "ISIC_0000001_0000.png"), np.array(Image.open(source)))
     assert np.array_equal(pixels(folder / "labelsTr" / "ISIC_0000001.png"), disc(1))
     (fold,) = json.loads((folder / "splits_final.json").read_text())
+    assert outcome.messages == ["train fold 0 only: for higher numbers nnU-Net draws a split of its own"]
     assert fold == {
         "train": [f"ISIC_000000{number}" for number in range(3)],
         "val": [f"ISIC_000001{number}" for number in range(3)],

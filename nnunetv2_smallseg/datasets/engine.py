@@ -34,7 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nnunetv2_smallseg import __version__
-from nnunetv2_smallseg.datasets.splits import Splits, patient_folds, patients_on_both_sides
+from nnunetv2_smallseg.datasets.splits import NUM_FOLDS, Splits, patient_folds, patients_on_both_sides
 from nnunetv2_smallseg.datasets.volumes import Volume, geometry_difference, same_geometry
 from nnunetv2_smallseg.errors import CaseError, DatasetError, UsageError
 from nnunetv2_smallseg.files import replacing, write_json
@@ -690,6 +690,9 @@ def _finish(plan: Plan, folder: Path, settings: dict, records: dict[str, dict], 
             messages.append(f"{len(shared)} patients are in training and validation of a fold: {', '.join(shared[:5])}")
         report["patients_on_both_sides_of_a_fold"] = shared
         write_json(splits, folder / SPLITS)
+        if len(splits) < NUM_FOLDS:
+            numbers = "fold 0" if len(splits) == 1 else f"folds 0 to {len(splits) - 1}"
+            messages.append(f"train {numbers} only: for higher numbers nnU-Net draws a split of its own")
         messages += _about_preprocessed_splits(folder, splits)
     write_json({name: _table_row(record) for name, record in records.items()}, folder / TABLE)
     write_json(_dataset_json(plan, folder, records, len(training)), folder / "dataset.json")
@@ -778,8 +781,11 @@ def _about_preprocessed_splits(folder: Path, splits: Splits) -> list[str]:
     if not preprocessed:
         return []
     existing = Path(preprocessed) / folder.name / SPLITS
-    if not existing.is_file() or json.loads(existing.read_text()) == splits:
+    if not existing.is_file():
         return []
+    with contextlib.suppress(ValueError):  # whatever else it holds, it is not ours
+        if json.loads(existing.read_text(encoding="utf-8")) == splits:
+            return []
     return [
         f"{existing} holds other folds, and planning will stop because of that. "
         f"If no training depends on it, replace it: cp {folder / SPLITS} {existing}"

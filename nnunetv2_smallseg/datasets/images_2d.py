@@ -52,7 +52,9 @@ class Listing:
     skipped: list[Problem] = field(default_factory=list)
     failed: list[Problem] = field(default_factory=list)
 
-    def add(self, name: str, image: Path | None, masks: Sequence[Path], patient: str, subset: str, test: bool = False):
+    def add(
+        self, name: str, image: Path | None, masks: Sequence[Path], patient: str, subset: str, test: bool = False
+    ) -> None:
         """Adds a pair, or the problem that a part of it is missing."""
         if image is None:
             self.failed.append(Problem(masks[0].name, subset, "mask without image"))
