@@ -1,6 +1,6 @@
 """Errors meant for users: each message says what was wrong, what is allowed and what to do next."""
 
-__all__ = ["CommandStopped", "SmallSegError", "UsageError", "WeightsError"]
+__all__ = ["CaseError", "CommandStopped", "DatasetError", "SmallSegError", "UsageError", "WeightsError"]
 
 
 class SmallSegError(Exception):
@@ -17,6 +17,14 @@ class UsageError(SmallSegError):
 
 class WeightsError(SmallSegError):
     """A weight file is missing, damaged, or does not fit the network."""
+
+
+class DatasetError(SmallSegError):
+    """A data set cannot be converted, or a converted one is not what its report says."""
+
+
+class CaseError(DatasetError):
+    """One case cannot be converted; the others can."""
 
 
 class CommandStopped(SystemExit, SmallSegError):

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from nnunetv2_smallseg import registry
+from nnunetv2_smallseg.datasets import registry as converters
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -147,12 +148,43 @@ def curriculum_table() -> str:
     return "\n".join(lines)
 
 
+def converters_table() -> str:
+    """All data sets that can be converted."""
+    lines = ["| data set | command | holds | licence | options |", "|---|---|---|---|---|"]
+    for entry in converters.CONVERTERS:
+        title = f"[{entry.title}]({entry.source})" if entry.source.startswith("http") else entry.title
+        options = ", ".join(f"`{flag}`" for flag in entry.options)
+        lines.append(f"| {title} | `{entry.name}` | {entry.contents} | {entry.licence} | {options} |")
+    return "\n".join(lines)
+
+
+def conversion_speed_table() -> str:
+    """Cases per second and memory of the conversion engine."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "convert.json").read_text())
+    lines = [
+        "| processes | cases a second | main process after 10 % and 90 % of the cases | largest worker after 90 % |",
+        "|---|---|---|---|",
+    ]
+    for run in results["runs"]:
+        first, last = run["memory"][0], run["memory"][-2]
+        worker = f"{last['largest_worker_mib']:.1f} MiB" if run["processes"] > 1 else "none"
+        lines.append(
+            f"| {run['processes']} | {run['cases_per_second']:.0f} | {first['main_mib']:.1f} and "
+            f"{last['main_mib']:.1f} MiB | {worker} |"
+        )
+    machine = results["machine"]
+    lines += ["", f"Run on {machine['processor']}, {machine['cores']} cores that also did other work."]
+    return "\n".join(lines)
+
+
 TABLES = (
     ("README.md", "trainers", trainers_table),
     ("docs/networks.md", "networks", networks_table),
     ("docs/networks.md", "published sizes", published_sizes_table),
     ("docs/curriculum.md", "curriculum study", curriculum_table),
     ("docs/first_runs.md", "first runs", first_runs_tables),
+    ("docs/datasets.md", "converters", converters_table),
+    ("docs/datasets.md", "conversion speed", conversion_speed_table),
 )
 
 

@@ -43,6 +43,13 @@ def test_registry_and_command_line_start_without_torch():
     imports_without("torch", ["nnunetv2_smallseg.registry", "nnunetv2_smallseg.cli.main"])
 
 
+def test_converters_need_neither_torch_nor_nnunet():
+    modules = modules_below("datasets")
+    assert "nnunetv2_smallseg.datasets.engine" in modules
+    for missing in ("torch", "nnunetv2"):
+        imports_without(missing, modules)
+
+
 def test_scans_do_not_need_numba():
     imports_without("numba", ["nnunetv2_smallseg.architectures.swin_umamba"])
 
