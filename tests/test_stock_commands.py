@@ -1,14 +1,17 @@
 """Every trainer of the registry through nnU-Net's own commands: train, resume, validate, predict, on small networks.
 
-The commands run in this process, by the functions behind ``nnUNetv2_train`` and ``nnUNetv2_predict``: a process for
-each would take longer than all other tests. ``test_end_to_end.py`` starts them as a user does.
+The commands run in this process, by the functions behind ``nnUNetv2_train`` and ``nnUNetv2_predict``, and nnU-Net's
+worker processes are threads: starting processes would take longer than all other tests. ``test_end_to_end.py`` starts
+them as a user does.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 import sys
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import pytest
@@ -34,10 +37,17 @@ def write_short_plans(workspace, num_epochs: int) -> None:
     (workspace.preprocessed / f"{PLANS_NAME}.json").write_text(json.dumps(plans))
 
 
+class Threads:
+    """Stands for a context of ``multiprocessing``."""
+
+    Pool = ThreadPool
+
+
 @pytest.fixture
 def command(monkeypatch):
     """Calls the function behind a command with arguments; threads are left as they were."""
     threads = torch.get_num_threads()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: Threads)
 
     def call(entry_point, *arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", [entry_point.__name__, *map(str, arguments)])
