@@ -298,6 +298,9 @@ class CurriculumMixin:
         """nnU-Net's, and the state of the curriculum for ``on_train_start``."""
         super().load_checkpoint(filename_or_checkpoint)
         self._resumed = True
+        if isinstance(filename_or_checkpoint, dict):
+            self._restored_state = filename_or_checkpoint.get(STATE_KEY)
+            return
         try:
             # Nothing but the state is read from the disk here.
             self._restored_state = _load(filename_or_checkpoint, mmap=True).get(STATE_KEY)
