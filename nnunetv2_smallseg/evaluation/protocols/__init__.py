@@ -1,0 +1,1 @@
+"""The official protocols of challenges and papers, one module each, with their edge cases."""
