@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 
 from nnunetv2_smallseg import __version__
-from nnunetv2_smallseg.cli import convert, demo, doctor, env, plan, trainers, weights
+from nnunetv2_smallseg.cli import convert, demo, doctor, env, evaluate, plan, trainers, weights
 from nnunetv2_smallseg.errors import SmallSegError
 
 __all__ = ["build_parser", "main"]
 
-COMMANDS = (env, doctor, demo, convert, plan, weights, trainers)
+COMMANDS = (env, doctor, demo, convert, plan, weights, trainers, evaluate)
 
 
 class ExactParser(argparse.ArgumentParser):

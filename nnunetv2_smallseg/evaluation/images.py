@@ -116,7 +116,7 @@ def check_geometry(reference: LabelImage, prediction: LabelImage) -> None:
     files = f"{reference.path} and {prediction.path}"
     if reference.array.shape != prediction.array.shape:
         raise EvaluationError(
-            f"{files} have different shapes: {_text(reference.array.shape)} and {_text(prediction.array.shape)} voxels; "
+            f"{files} have different shapes, {_text(reference.array.shape)} and {_text(prediction.array.shape)}; "
             "export the prediction on the grid of the reference"
         )
     checks = (

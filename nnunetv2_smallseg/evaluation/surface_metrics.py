@@ -91,7 +91,7 @@ def nearest_distances(positions: np.ndarray, others: np.ndarray, spacing: Sequen
 def surface_distances(reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
     """Average symmetric surface distance, Hausdorff distance and its 95th percentile.
 
-    ASSD is the mean of the two directed mean distances, HD95 the larger of the two directed 95th percentiles (linear
+    ASSD is the mean over the border voxels of both masks, HD95 the larger of the two directed 95th percentiles (linear
     interpolation), HD the larger of the two directed maxima.
 
     Args:
@@ -107,7 +107,7 @@ def surface_distances(reference: np.ndarray, prediction: np.ndarray, spacing: Se
         return {name: value_if_empty(name, len(borders[0]) == 0, len(borders[1]) == 0) for name in names}
     directed = nearest_distances(*borders, spacing), nearest_distances(*borders[::-1], spacing)
     return {
-        "assd_mm": float((directed[0].mean() + directed[1].mean()) / 2),
+        "assd_mm": float(np.concatenate(directed).mean()),
         "hd_mm": float(max(directed[0].max(), directed[1].max())),
         "hd95_mm": float(max(np.percentile(directed[0], 95), np.percentile(directed[1], 95))),
     }

@@ -1,6 +1,6 @@
 """ULS23 (Universal Lesion Segmentation, 2023): Dice, long and short axis error, consistency, challenge score.
 
-Official code: https://github.com/DIAGNijmegen/ULS23 (commit 06a2bff), folder ``evaluation``. A case is a crop around one
+Official code: https://github.com/DIAGNijmegen/ULS23 (commit 06a2bff), folder ``evaluation``. A case is a crop around a
 lesion; axes are measured in pixels of the axial slice, spacing is never used.
 """
 
