@@ -34,6 +34,8 @@ class Components:
 
     def statistics(self) -> tuple[np.ndarray, list[tuple[slice, ...]], np.ndarray]:
         """Voxels (count,), bounding boxes, and centroids (count, ndim) in voxels, ordered by number."""
+        if not self.count:  # cc3d describes no empty array
+            return np.zeros(0, dtype=np.int64), [], np.zeros((0, self.labels.ndim))
         facts = cc3d.statistics(self.labels)
         return facts["voxel_counts"][1:], facts["bounding_boxes"][1:], facts["centroids"][1:]
 
@@ -60,9 +62,12 @@ def connected_components(mask: np.ndarray, connectivity: int | None = None) -> C
         mask: Boolean, (Z, Y, X) or (Y, X).
         connectivity: 6, 18 or 26 in 3D, 4 or 8 in 2D; 26 or 8 by default.
     """
-    labels, count = cc3d.connected_components(
-        np.ascontiguousarray(mask), connectivity=connectivity_for(mask.ndim, connectivity), return_N=True
-    )
+    connectivity = connectivity_for(mask.ndim, connectivity)
+    if not mask.any():
+        return Components(np.zeros(mask.shape, dtype=np.uint32), np.zeros(0, dtype=np.int64))
+    # As integers: for boolean masks and 8 neighbours cc3d 4.1.1 returns wrong labels or stops.
+    integers = np.ascontiguousarray(mask).view(np.uint8)
+    labels, count = cc3d.connected_components(integers, connectivity=connectivity, return_N=True)
     return Components(labels, np.arange(1, count + 1))
 
 

@@ -41,6 +41,9 @@ RULES: dict[str, EmptyRule] = {
     # There is nothing to find, or nothing was found.
     "sensitivity": EmptyRule(both=UNDEFINED, reference=UNDEFINED, prediction=0.0),
     "precision": EmptyRule(both=UNDEFINED, reference=0.0, prediction=UNDEFINED),
+    # Defined whatever is empty, by all voxels that count.
+    "specificity": EmptyRule(both=None, reference=None, prediction=None),
+    "mae": EmptyRule(both=None, reference=None, prediction=None),
     # One surface or none: no distance. Such cases are counted, not given an invented distance.
     "assd_mm": EmptyRule(both=UNDEFINED, reference=UNDEFINED, prediction=UNDEFINED),
     "hd_mm": EmptyRule(both=UNDEFINED, reference=UNDEFINED, prediction=UNDEFINED),

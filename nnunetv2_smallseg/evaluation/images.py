@@ -100,10 +100,8 @@ def read_labels(path: Path, spacing: Sequence[float] | None = None) -> LabelImag
         raise EvaluationError(f"{path} is no label map: expected a file ending in {', '.join(FILE_ENDINGS)}")
     try:
         image = _read_volume(path) if ending in VOLUME_ENDINGS else _read_picture(path, ending, spacing)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise EvaluationError(
-            f"{path} cannot be read ({str(error).strip().splitlines()[-1]}): write it anew"
-        ) from error
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        raise EvaluationError(f"{path} cannot be read ({_last_line(error)}): write it anew") from error
     return image
 
 
@@ -133,6 +131,11 @@ def check_geometry(reference: LabelImage, prediction: LabelImage) -> None:
                 f"{files} lie on different grids: {name} {_text(expected)} and {_text(found)}; export the prediction "
                 "on the grid of the reference, or correct the header that is wrong"
             )
+
+
+def _last_line(error: Exception) -> str:
+    """The end of a message: SimpleITK puts its own source lines before it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _text(values: Sequence[float]) -> str:

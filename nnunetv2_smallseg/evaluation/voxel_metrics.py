@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,14 +76,15 @@ def voxel_metrics(counts: Counts, both_empty: str = "undefined") -> dict[str, fl
         "iou": (tp, tp + fp + fn),
         "sensitivity": (tp, tp + fn),
         "precision": (tp, tp + fp),
+        "specificity": (tn, tn + fp),
         "f2": (5 * tp, 5 * tp + 4 * fn + fp),
+        "mae": (fp + fn, counts.total),
         "ravd": (abs(counts.prediction - counts.reference), counts.reference),
     }
     metrics = {}
     for name, (numerator, denominator) in formulas.items():
         empty = value_if_empty(name, counts.reference == 0, counts.prediction == 0, both_empty)
-        metrics[name] = numerator / denominator if empty is None else empty
-    # Defined whatever is empty, unless no voxel is left to count.
-    metrics["specificity"] = tn / (tn + fp) if tn + fp else float("nan")
-    metrics["mae"] = (fp + fn) / counts.total if counts.total else float("nan")
+        if empty is None:  # a reference that fills the image leaves no voxel for the specificity
+            empty = numerator / denominator if denominator else math.nan
+        metrics[name] = empty
     return metrics
