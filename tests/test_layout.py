@@ -39,6 +39,13 @@ def test_networks_operators_and_losses_do_not_need_nnunet():
     imports_without("nnunetv2", modules)
 
 
+def test_evaluation_needs_neither_nnunet_nor_torch():
+    modules = modules_below("evaluation")
+    assert "nnunetv2_smallseg.evaluation.protocols.uls23" in modules
+    imports_without("nnunetv2", modules)
+    imports_without("torch", modules)
+
+
 def test_registry_and_command_line_start_without_torch():
     imports_without("torch", ["nnunetv2_smallseg.registry", "nnunetv2_smallseg.cli.main"])
 

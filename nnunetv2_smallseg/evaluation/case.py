@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -106,13 +106,23 @@ def occurring_labels(path: Path) -> list[int]:
     return [int(label) for label in np.unique(read_labels(path).array)]
 
 
-def check_labels(image: LabelImage, found: set[int], allowed: set[int]) -> None:
-    """Raises ``EvaluationError`` if labels were found that are not allowed."""
-    if found - allowed:
-        raise EvaluationError(
-            f"{image.path} holds the labels {sorted(found - allowed)}, but only {sorted(allowed)} are known: give the "
-            "dataset.json of this data set (-djfile), or convert the labels"
-        )
+def check_labels(
+    scheme: LabelScheme, reference: LabelImage, prediction: LabelImage, pairs: Iterable[tuple[int, int]]
+) -> None:
+    """Raises ``EvaluationError`` if a label of the pairs (reference, prediction) is unknown to the scheme."""
+    if scheme.known_labels is None:
+        return
+    pairs = list(pairs)
+    for image, position, allowed in (
+        (reference, 0, scheme.known_labels),
+        (prediction, 1, scheme.known_labels - {scheme.ignore_label}),
+    ):
+        unknown = {pair[position] for pair in pairs} - allowed
+        if unknown:
+            raise EvaluationError(
+                f"{image.path} holds the labels {sorted(unknown)}, but only {sorted(allowed)} are known: give the "
+                "dataset.json of this data set (-djfile), or convert the labels"
+            )
 
 
 def evaluate_case(task: CaseTask) -> CaseResult:
@@ -129,8 +139,7 @@ def evaluate_case(task: CaseTask) -> CaseResult:
     box = bounding_box((reference.array != 0) | (prediction.array != 0)) or (slice(0, 0),) * len(shape)
     cropped = reference.array[box], prediction.array[box]
     matrix = confusion_matrix(*cropped)
-    check_labels(reference, {label for label, _ in matrix}, set(scheme.known_labels))
-    check_labels(prediction, {label for _, label in matrix}, set(scheme.known_labels) - {scheme.ignore_label})
+    check_labels(scheme, reference, prediction, matrix)
     matrix[0, 0] = matrix.get((0, 0), 0) + reference.array.size - cropped[0].size
     instances = None
     if task.instances_file is not None:

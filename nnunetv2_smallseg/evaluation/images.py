@@ -149,9 +149,15 @@ def _read_volume(path: Path) -> LabelImage:
             f"{path} has {image.GetDimension()} dimensions and {image.GetNumberOfComponentsPerPixel()} channels: a "
             "label map has 2 or 3 dimensions and 1 channel"
         )
+    array = SimpleITK.GetArrayFromImage(image)
+    if np.issubdtype(array.dtype, np.floating) and path.name.lower().endswith((".nii", ".nii.gz")):
+        import nibabel
+
+        # SimpleITK turns NaN of NIfTI files into 0 without a word.
+        _check_no_nan(np.asanyarray(nibabel.load(path).dataobj), path)
     return LabelImage(
         path=path,
-        array=_whole_numbers(SimpleITK.GetArrayFromImage(image), path),
+        array=_whole_numbers(array, path),
         spacing=image.GetSpacing()[::-1],
         origin=image.GetOrigin(),
         direction=image.GetDirection(),
@@ -186,13 +192,17 @@ def _read_picture(path: Path, ending: str, spacing: Sequence[float] | None) -> L
     )
 
 
+def _check_no_nan(array: np.ndarray, path: Path) -> None:
+    if np.isnan(array).any():
+        raise EvaluationError(f"{path} holds NaN: a label map holds whole numbers from 0; find out what wrote it")
+
+
 def _whole_numbers(array: np.ndarray, path: Path) -> np.ndarray:
     """The array as labels in an integer type; raises for NaN, fractions and negative values."""
     if array.dtype == bool:
         return array.view(np.uint8)
     if np.issubdtype(array.dtype, np.floating):
-        if np.isnan(array).any():
-            raise EvaluationError(f"{path} holds NaN: a label map holds whole numbers from 0; find out what wrote it")
+        _check_no_nan(array, path)
         rounded = np.rint(array)
         if not np.array_equal(rounded, array):
             value = array[rounded != array].flat[0]

@@ -44,13 +44,13 @@ class LabelScheme:
 
     Attributes:
         regions: In the order of nnU-Net.
-        known_labels: Labels that may occur in a reference, 0 and the ignore label included.
+        known_labels: Labels that may occur in a reference, 0 and the ignore label included; None for any.
         ignore_label: Label of reference voxels that are left out; None if there is none.
         num_channels: Channels of a file of probabilities.
     """
 
     regions: tuple[Region, ...]
-    known_labels: frozenset[int]
+    known_labels: frozenset[int] | None
     ignore_label: int | None
     num_channels: int
 
@@ -93,10 +93,9 @@ def scheme_from_dataset_json(path: Path) -> LabelScheme:
 
 
 def scheme_from_labels(labels: Iterable[int], ignore_label: int | None = None) -> LabelScheme:
-    """One region for each foreground label, named by its number."""
+    """One region for each foreground label, named by its number; other labels may occur and count as background."""
     foreground = sorted({int(label) for label in labels} - {0, ignore_label})
     if not foreground:
         raise EvaluationError("there is no foreground label to evaluate: give labels (-l) or a dataset.json (-djfile)")
     regions = tuple(Region(str(label), (label,), str(label), label) for label in foreground)
-    known = {0, *foreground} | ({ignore_label} if ignore_label is not None else set())
-    return LabelScheme(regions, frozenset(known), ignore_label, max(foreground) + 1)
+    return LabelScheme(regions, None, ignore_label, max(foreground) + 1)

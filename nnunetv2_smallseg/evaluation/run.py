@@ -76,15 +76,16 @@ def evaluate_folders(
 ) -> Evaluation:
     """Evaluates one or several folders of predictions and writes ``summary.json``, ``cases.csv``, ``lesions.csv``.
 
-    Which labels or regions: from ``dataset_json``; else ``labels``; else the ``dataset.json`` that nnU-Net writes
-    beside its predictions; else every label that occurs.
+    Which labels or regions: those of ``dataset_json``; else ``labels``; else those of the ``dataset.json`` that nnU-Net
+    writes beside its predictions; else every label that occurs.
 
     Args:
         reference: Folder of label maps.
         predictions: Name -> folder of label maps of the same names.
         output: Folder for the results; made if needed.
         dataset_json: ``dataset.json`` of the data set.
-        labels: Foreground labels.
+        labels: Foreground labels; with ``dataset_json`` only its regions that consist of these. Without, any other label
+            may occur and is background.
         ignore_label: Label of reference voxels that are left out; with ``dataset_json`` that of the file.
         settings: What can be chosen about the metrics.
         instances: Folder of maps of lesion numbers of the reference; by default lesions are connected components.
