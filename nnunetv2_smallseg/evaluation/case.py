@@ -21,7 +21,7 @@ from nnunetv2_smallseg.evaluation.size_groups import DIAMETER_LIMITS_MM, area_ra
 from nnunetv2_smallseg.evaluation.surface_metrics import surface_dice, surface_distances
 from nnunetv2_smallseg.evaluation.voxel_metrics import Counts, confusion_matrix, region_counts, voxel_metrics
 
-__all__ = ["CaseResult", "CaseTask", "Settings", "evaluate_case", "occurring_labels"]
+__all__ = ["CaseResult", "CaseTask", "CountedCase", "Settings", "count_case", "evaluate_case", "occurring_labels"]
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,40 @@ def check_labels(
             )
 
 
+@dataclass(frozen=True)
+class CountedCase:
+    """The two label maps of a case and how often each pair of labels occurs.
+
+    Attributes:
+        reference: Label map of the reference.
+        prediction: Label map of the prediction.
+        box: Smallest box that holds all voxels that are not background in both.
+        matrix: (label in the reference, label in the prediction) -> voxels of the whole image.
+    """
+
+    reference: LabelImage
+    prediction: LabelImage
+    box: tuple[slice, ...]
+    matrix: dict[tuple[int, int], int]
+
+
+def count_case(task: CaseTask) -> CountedCase:
+    """Reads the label maps of a case and counts: all that the voxel-wise metrics need.
+
+    Raises:
+        EvaluationError: If a file cannot be read, geometries differ, or unknown labels occur.
+    """
+    reference = read_labels(task.reference_file, task.settings.spacing)
+    prediction = read_labels(task.prediction_file, task.settings.spacing)
+    check_geometry(reference, prediction)
+    box = bounding_box(reference.array | prediction.array) or (slice(0, 0),) * reference.array.ndim
+    cropped = reference.array[box], prediction.array[box]
+    matrix = confusion_matrix(*cropped)
+    check_labels(task.scheme, reference, prediction, matrix)
+    matrix[0, 0] = matrix.get((0, 0), 0) + reference.array.size - cropped[0].size
+    return CountedCase(reference, prediction, box, matrix)
+
+
 def evaluate_case(task: CaseTask) -> CaseResult:
     """Evaluates one case.
 
@@ -132,15 +166,9 @@ def evaluate_case(task: CaseTask) -> CaseResult:
         EvaluationError: If a file cannot be read, geometries differ, or unknown labels occur.
     """
     scheme, settings = task.scheme, task.settings
-    reference = read_labels(task.reference_file, settings.spacing)
-    prediction = read_labels(task.prediction_file, settings.spacing)
-    check_geometry(reference, prediction)
+    counted = count_case(task)
+    reference, prediction, box, matrix = counted.reference, counted.prediction, counted.box, counted.matrix
     shape = reference.array.shape
-    box = bounding_box((reference.array != 0) | (prediction.array != 0)) or (slice(0, 0),) * len(shape)
-    cropped = reference.array[box], prediction.array[box]
-    matrix = confusion_matrix(*cropped)
-    check_labels(scheme, reference, prediction, matrix)
-    matrix[0, 0] = matrix.get((0, 0), 0) + reference.array.size - cropped[0].size
     instances = None
     if task.instances_file is not None:
         instance_image = read_labels(task.instances_file, settings.spacing)

@@ -84,8 +84,8 @@ def evaluate_folders(
         predictions: Name -> folder of label maps of the same names.
         output: Folder for the results; made if needed.
         dataset_json: ``dataset.json`` of the data set.
-        labels: Foreground labels; with ``dataset_json`` only its regions that consist of these. Without, any other label
-            may occur and is background.
+        labels: Foreground labels; with ``dataset_json`` only its regions that consist of these. Without, any other
+            label may occur and is background.
         ignore_label: Label of reference voxels that are left out; with ``dataset_json`` that of the file.
         settings: What can be chosen about the metrics.
         instances: Folder of maps of lesion numbers of the reference; by default lesions are connected components.

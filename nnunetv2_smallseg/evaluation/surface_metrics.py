@@ -76,16 +76,26 @@ def nearest_distances(positions: np.ndarray, others: np.ndarray, spacing: Sequen
     """Distance in mm from each of ``positions`` to the nearest of ``others``.
 
     Args:
-        positions: (N, ndim) positions in voxels.
-        others: (M, ndim) positions in voxels, M >= 1.
+        positions: (N, ndim) positions in voxels, N >= 1, sorted as ``np.argwhere`` gives them.
+        others: (M, ndim) positions in voxels, M >= 1, sorted alike.
         spacing: Voxel size in mm.
     Returns:
         (N,) float64.
     """
     spacing = np.asarray(spacing)
-    _, nearest = cKDTree(others * spacing).query(positions * spacing)
-    # From whole voxel steps, so that a distance of one voxel is the spacing itself and not a rounding error more.
-    return np.sqrt((((positions - others[nearest]) * spacing) ** 2).sum(axis=1))
+    distances = np.zeros(len(positions))
+    # Where a prediction is right, the surfaces coincide: nothing to search.
+    extent = np.maximum(positions.max(axis=0), others.max(axis=0)) + 1
+    numbers, other_numbers = (np.ravel_multi_index(tuple(points.T), extent) for points in (positions, others))
+    candidates = np.minimum(np.searchsorted(other_numbers, numbers), len(other_numbers) - 1)
+    apart = np.flatnonzero(other_numbers[candidates] != numbers)
+    if apart.size:
+        searched = positions[apart]
+        tree = cKDTree(others * spacing, balanced_tree=False, compact_nodes=False)  # quicker to build
+        nearest = others[tree.query(searched * spacing)[1]]
+        # From whole voxel steps, so that a distance of one voxel is the spacing itself and not a rounding error more.
+        distances[apart] = np.sqrt((((searched - nearest) * spacing) ** 2).sum(axis=1))
+    return distances
 
 
 def surface_distances(reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
