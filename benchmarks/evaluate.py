@@ -1,4 +1,4 @@
-"""``smallseg evaluate`` beside nnU-Net's ``nnUNetv2_evaluate_folder`` on the same folder of made-up volumes.
+"""``smallseg evaluate`` beside nnU-Net's ``nnUNetv2_evaluate_folder`` on made-up volumes, and the axes of a lesion.
 
 Run: python -m benchmarks.evaluate [-cases N] [-rounds N]; writes ``benchmarks/results/evaluate.json``.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -20,8 +21,10 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from scipy import ndimage
 
 from benchmarks.machine import interleaved_medians, machine_facts
+from nnunetv2_smallseg.evaluation.axes import recist_axes
 from nnunetv2_smallseg.evaluation.case import CaseTask, Settings, count_case, evaluate_case
 from nnunetv2_smallseg.evaluation.regions import scheme_from_dataset_json
+from nnunetv2_smallseg.evaluation.surface_metrics import border_voxels
 from nnunetv2_smallseg.evaluation.voxel_metrics import region_counts, voxel_metrics
 
 RESULTS = Path(__file__).parent / "results" / "evaluate.json"
@@ -53,6 +56,37 @@ def write_case(folder: Path, case: str, generator: np.random.Generator) -> None:
         image.SetSpacing(SPACING[::-1])
         (folder / name).mkdir(exist_ok=True)
         SimpleITK.WriteImage(image, str(folder / name / f"{case}.nii.gz"))
+
+
+def axes_pair_by_pair(mask: np.ndarray) -> tuple[float, float]:
+    """The rule of ``recist_axes`` with a Python loop over pairs for the short axis, for a lesion in one slice."""
+    points = border_voxels(mask)
+    distances = np.sqrt(((points[:, None] - points[None]) ** 2).sum(-1))
+    start, stop = np.unravel_index(np.argmax(distances), distances.shape)
+    direction, length = points[stop] - points[start], distances[start, stop]
+    best = 0.0
+    for first in range(len(points)):
+        for second in range(len(points)):
+            if first == second:
+                continue
+            cosine = abs((points[second] - points[first]) @ direction) / (distances[first, second] * length)
+            if math.degrees(math.asin(min(1.0, cosine))) < 1 and distances[first, second] > best:
+                best = distances[first, second]
+    return float(length), float(best)
+
+
+def measure_axes(rounds: int) -> dict:
+    """Times the axes of an ellipse of 10,753 pixels."""
+    y, x = np.mgrid[:200, :200]
+    mask = ((y - 100) / 45) ** 2 + ((x - 100) / 76.2) ** 2 < 1
+    if not np.allclose(recist_axes(mask), axes_pair_by_pair(mask)):
+        raise RuntimeError("the two ways to find the axes differ")
+    return {
+        "pixels": int(mask.sum()),
+        **interleaved_medians(
+            {"recist_axes": lambda: recist_axes(mask), "loop over pairs": lambda: axes_pair_by_pair(mask)}, rounds
+        ),
+    }
 
 
 def measure(num_cases: int, rounds: int, num_processes: int) -> dict:
@@ -95,6 +129,7 @@ def measure(num_cases: int, rounds: int, num_processes: int) -> dict:
         start = partial(subprocess.run, check=True, capture_output=True)
         return {
             "machine": machine_facts("cpu", ("nnunetv2", "numpy", "scipy", "SimpleITK", "connected-components-3d")),
+            "axes": measure_axes(5 * rounds),
             "num_cases": num_cases,
             "shape": SHAPE,
             "lesions_per_case": NUM_LESIONS,

@@ -106,8 +106,11 @@ def test_quick_start_of_the_readme(nnunet_workspace, tmp_path):
         "-num_iterations 2 -num_val_iterations 1",
         "nnUNetv2_train 901 2.5d 0": "nnUNetv2_train 901 2.5d 0 -device cpu",
         "nnUNetv2_predict": "nnUNetv2_predict -device cpu -npp 0 -nps 0",
+        "LABELS": str(source / "labelsTs"),
+        "# if you have labels of INPUT": "",
         "INPUT": str(source / "imagesTs"),
         "OUTPUT": str(tmp_path / "output"),
+        "REPORT": str(tmp_path / "report"),
     }
     for written, replacement in replacements.items():
         assert written in block
@@ -120,6 +123,7 @@ def test_quick_start_of_the_readme(nnunet_workspace, tmp_path):
     finished = subprocess.run(["bash", "-ec", block], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
     assert len(list((tmp_path / "output").glob("*.nii.gz"))) == 2
+    assert (tmp_path / "report" / "cases.csv").is_file()
 
 
 def test_ci_runs_the_test_command_of_the_readme():

@@ -10,6 +10,8 @@ import shutil
 import numpy as np
 import pytest
 import SimpleITK
+import tifffile
+from PIL import Image
 
 from nnunetv2_smallseg.cli.main import main
 from nnunetv2_smallseg.errors import UsageError
@@ -141,14 +143,10 @@ def test_formats(tmp_path, ending):
         path = tmp_path / name / f"case{ending}"
         path.parent.mkdir()
         if ending == ".tif":
-            import tifffile
-
             tifffile.imwrite(path, labels)
             path.with_suffix(".json").write_text(json.dumps({"spacing": SPACING}))
         elif flat:
-            from skimage import io
-
-            io.imsave(path, labels[2], check_contrast=False)
+            Image.fromarray(labels[2]).save(path)
         else:
             write_volume(path, labels)
     settings = Settings(spacing=SPACING[1:]) if flat else None
@@ -162,8 +160,6 @@ def test_formats(tmp_path, ending):
 
 
 def test_flat_tiff_and_missing_spacing(tmp_path):
-    import tifffile
-
     for name in ("reference", "prediction"):
         (tmp_path / name).mkdir()
         tifffile.imwrite(tmp_path / name / "case.tiff", label_volume()[2])
@@ -251,10 +247,8 @@ def test_ignore_label_in_a_prediction_is_an_error(folders):
 
 
 def test_colour_pictures_and_damaged_files(tmp_path):
-    from skimage import io
-
     path = tmp_path / "case.png"
-    io.imsave(path, np.zeros((4, 4, 3), dtype=np.uint8), check_contrast=False)
+    Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8)).save(path)
     with pytest.raises(EvaluationError, match="a label map is grey"):
         read_labels(path)
     (tmp_path / "case.nii.gz").write_bytes(b"nothing")

@@ -87,17 +87,26 @@ def _short_axis(points: np.ndarray, long_axis: np.ndarray) -> float:
     best_degrees, best_squared = np.inf, 0.0
     long_length = np.hypot(*long_axis)
     for first in range(0, len(points), rows):
-        segments = points[None, first:] - points[first : first + rows, None]  # (rows, points, 2)
-        squared = (segments**2).sum(axis=-1)
-        segments, squared = segments[squared > 0], squared[squared > 0]
-        if not len(squared):
+        last = min(first + rows, len(points))
+        # (rows, points): from each of these points to every point from the first on.
+        down, right = (np.subtract.outer(points[first:last, axis], points[first:, axis]) for axis in range(2))
+        squared = down**2 + right**2
+        sine = np.abs(down * long_axis[0] + right * long_axis[1])  # of the deviation from the perpendicular
+        apart = squared > 0
+        np.divide(sine, np.sqrt(squared) * long_length, out=sine, where=apart)
+        sine[~apart] = np.inf
+        smallest = _degrees_needed(sine.min())
+        if smallest > best_degrees or not apart.any():
             continue
-        cosine = np.abs(segments @ long_axis) / (np.sqrt(squared) * long_length)
-        # The first of 1, 2, 3, ... degrees that is above the deviation.
-        degrees = np.floor(np.degrees(np.arcsin(np.clip(cosine, 0.0, 1.0)))) + 1
-        smallest = degrees.min()
         if smallest < best_degrees:
             best_degrees, best_squared = smallest, 0.0
-        if smallest == best_degrees:
-            best_squared = max(best_squared, float(squared[degrees == smallest].max()))
+        # The sine decides quickly, the angle itself in the few cases close to the limit.
+        near = sine < np.sin(np.radians(min(best_degrees + 1e-6, 90))) + 1e-9
+        fitting = squared[near][_degrees_needed(sine[near]) <= best_degrees]
+        best_squared = max(best_squared, float(fitting.max(initial=0.0)))
     return float(np.sqrt(best_squared))
+
+
+def _degrees_needed(sine: np.ndarray) -> np.ndarray:
+    """The first of 1, 2, 3, ... degrees that is above the deviation of a segment."""
+    return np.floor(np.degrees(np.arcsin(np.clip(sine, 0.0, 1.0)))) + 1

@@ -1,6 +1,6 @@
 """Reading label maps, and checking that reference and prediction lie on the same grid.
 
-NIfTI, MetaImage and NRRD through SimpleITK; PNG, BMP and TIFF through the readers nnU-Net uses. Arrays are (Z, Y, X) or
+NIfTI, MetaImage and NRRD through SimpleITK; PNG and BMP through Pillow, TIFF through tifffile. Arrays are (Z, Y, X) or
 (Y, X), spacing in mm in the same order.
 """
 
@@ -171,9 +171,10 @@ def _read_picture(path: Path, ending: str, spacing: Sequence[float] | None) -> L
 
         array = tifffile.imread(path)
     else:
-        from skimage import io
+        from PIL import Image
 
-        array = io.imread(path)
+        with Image.open(path) as picture:
+            array = np.asarray(picture)  # of a picture with a palette its indices
     # A picture with a channel axis is a colour image; a volume with three slices would have them first.
     if array.ndim not in (2, 3) or (ending in PICTURE_ENDINGS and array.ndim != 2):
         raise EvaluationError(f"{path} has the shape {array.shape}: a label map is grey, (Y, X) or (Z, Y, X)")
