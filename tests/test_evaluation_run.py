@@ -263,7 +263,7 @@ def test_arguments_are_checked(folders):
         evaluate(folders, predictions={"a/b": folders / "prediction"})
     with pytest.raises(EvaluationError, match="does not name labels"):
         evaluate(folders, dataset_json=folders / "nowhere.json")
-    with pytest.raises(EvaluationError, match="tolerance is 0 mm or more"):
+    with pytest.raises(UsageError, match="tolerance is 0 mm or more"):
         Settings(tolerance_mm=-1)
 
 
@@ -335,6 +335,14 @@ def test_protocols_run_on_folders(folders, protocol):
     written = json.loads((folders / "output" / f"protocol_{protocol}.json").read_text())
     assert set(written["model"]["cases"]) == {"a", "b", "c"}
     assert written["model"]["summary"] == json.loads(json.dumps(evaluation.protocol["model"]["summary"]))
+
+
+def test_protocols_know_no_ignore_label(folders):
+    reference = label_volume()
+    reference[0] = 3
+    write_volume(folders / "reference" / "b.nii.gz", reference)
+    with pytest.raises(EvaluationError, match="ignore label 3, which no protocol knows"):
+        evaluate(folders, protocol="s3mamba")
 
 
 def test_command_line(folders, capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nnunetv2_smallseg.errors import UsageError
 from nnunetv2_smallseg.evaluation import probabilities as probability_metrics
 from nnunetv2_smallseg.evaluation.boxes import bounding_box
 from nnunetv2_smallseg.evaluation.components import Components, connected_components, instance_components
@@ -37,6 +38,9 @@ class Settings:
         diameter_limits_mm: Limits of the size bins of lesions.
         candidate_threshold: Lowest probability of a lesion candidate for FROC.
         spacing: Voxel size in mm in array order of files that hold none; 1 by default.
+
+    Raises:
+        UsageError: If a value is none of the allowed ones.
     """
 
     tolerance_mm: float = 1.0
@@ -50,13 +54,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         diameter_bins(self.diameter_limits_mm)
-        for name, allowed in (("panoptic_iou", (0, 1)), ("candidate_threshold", (0, 1))):
-            if not allowed[0] < getattr(self, name) < allowed[1]:
-                raise EvaluationError(f"{name} lies between 0 and 1, not {getattr(self, name)}")
+        for name in ("panoptic_iou", "candidate_threshold"):
+            if not 0 < getattr(self, name) < 1:
+                raise UsageError(f"{name} lies between 0 and 1, not {getattr(self, name)}")
         if not self.tolerance_mm >= 0:
-            raise EvaluationError(f"the tolerance is 0 mm or more, not {self.tolerance_mm}")
+            raise UsageError(f"the tolerance is 0 mm or more, not {self.tolerance_mm}")
         if self.both_empty not in BOTH_EMPTY_RULES:
-            raise EvaluationError(f"both_empty is one of {', '.join(BOTH_EMPTY_RULES)}, not {self.both_empty!r}")
+            raise UsageError(f"both_empty is one of {', '.join(BOTH_EMPTY_RULES)}, not {self.both_empty!r}")
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,11 @@ def evaluate_case(task: CaseTask) -> CaseResult:
             candidates[region.name], calibration[region.name] = measured.candidates, measured.calibration
     protocol = None
     if task.protocol is not None:
+        if any(label == scheme.ignore_label for label, _ in matrix):
+            raise EvaluationError(
+                f"{task.reference_file} holds the ignore label {scheme.ignore_label}, which no protocol knows: evaluate "
+                "without --protocol"
+            )
         module = importlib.import_module(f"nnunetv2_smallseg.evaluation.protocols.{task.protocol}")
         protocol = module.evaluate_case(reference.array, prediction.array, prediction.spacing)
     return CaseResult(task, rows, lesions, counts, candidates, calibration, protocol, len(shape), reference.has_spacing)

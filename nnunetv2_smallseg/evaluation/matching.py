@@ -90,9 +90,11 @@ def one_to_one(
     union = reference_voxels[:, None].astype(np.int64) + predicted_voxels[None, :].astype(np.int64) - table
     iou = np.where(table > 0, table / np.maximum(union, 1), 0.0)
     iou[iou <= threshold] = 0.0
-    rows, columns = linear_sum_assignment(iou, maximize=True)
-    return [(int(row), int(column), float(iou[row, column])) for row, column in zip(rows, columns, strict=True)
-            if iou[row, column] > 0]  # fmt: skip
+    # Noisy predictions have thousands of components, few of which have a partner.
+    rows, columns = np.flatnonzero(iou.any(axis=1)), np.flatnonzero(iou.any(axis=0))
+    chosen = linear_sum_assignment(iou[np.ix_(rows, columns)], maximize=True)
+    pairs = zip(rows[chosen[0]], columns[chosen[1]], strict=True)
+    return [(int(row), int(column), float(iou[row, column])) for row, column in pairs if iou[row, column] > 0]
 
 
 def match(table: np.ndarray, reference_voxels: np.ndarray, predicted_voxels: np.ndarray, rule: MatchingRule) -> Matches:

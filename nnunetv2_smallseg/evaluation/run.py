@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def evaluate_folders(
         instances: Folder of maps of lesion numbers of the reference; by default lesions are connected components.
         with_probabilities: Read ``<case>.npz`` beside every prediction.
         protocol: Official protocol to compute besides, one of ``PROTOCOLS``.
-        num_processes: Processes; 1 evaluates in this one.
+        num_processes: Processes; 1 evaluates in this one. With more, a script has to call this below
+            ``if __name__ == "__main__"``, because they are spawned.
         chill: Skip cases of which a file is missing, instead of stopping.
     Raises:
         EvaluationError: If files are missing, unreadable or do not fit.
@@ -282,6 +284,10 @@ class _Runner:
             try:
                 for future in tqdm(as_completed(futures), **progress):
                     results[futures[future]] = future.result()
+            except BrokenProcessPool as error:
+                raise EvaluationError(
+                    "a process was ended from outside, probably for lack of memory: use fewer processes (-np)"
+                ) from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
