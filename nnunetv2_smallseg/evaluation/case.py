@@ -195,8 +195,8 @@ def evaluate_case(task: CaseTask) -> CaseResult:
     if task.protocol is not None:
         if any(label == scheme.ignore_label for label, _ in matrix):
             raise EvaluationError(
-                f"{task.reference_file} holds the ignore label {scheme.ignore_label}, which no protocol knows: evaluate "
-                "without --protocol"
+                f"{task.reference_file} holds the ignore label {scheme.ignore_label}, which no protocol knows: "
+                "evaluate without --protocol"
             )
         module = importlib.import_module(f"nnunetv2_smallseg.evaluation.protocols.{task.protocol}")
         protocol = module.evaluate_case(reference.array, prediction.array, prediction.spacing)
