@@ -117,7 +117,6 @@ def evaluate_folders(
         skipped[name] = _missing(reference_files, files[name], instance_files, reference, folder, chill)
 
     pairs = [(name, case) for name in predictions for case in reference_files if case not in skipped[name]]
-    pairs = [(name, case) for name, case in pairs if case in files[name]]
     run = _Runner(num_processes or default_num_processes())
     if dataset_json is None and labels is None:
         dataset_json = next(
