@@ -69,7 +69,7 @@ def test_tables(folders):
     evaluation = evaluate(folders)
     cases = read_table(folders / "output" / "cases.csv")
     assert len(cases) == 6 == len(evaluation.cases)
-    assert evaluation.regions == ["organ", "lesion"]
+    assert [region.name for region in evaluation.scheme.regions] == ["organ", "lesion"]
     columns = (
         "prediction case region dice iou sensitivity precision specificity f2 mae ravd assd_mm hd_mm hd95_mm nsd auc "
         "num_reference_lesions num_predicted_lesions num_detected num_false_positives reference_volume_mm3 "
@@ -269,7 +269,7 @@ def test_arguments_are_checked(folders):
 
 def test_labels_by_number_and_beside_the_prediction(folders):
     evaluation = evaluate(folders, dataset_json=None, labels=[1, 2])
-    assert evaluation.regions == ["1", "2"]
+    assert [region.name for region in evaluation.scheme.regions] == ["1", "2"]
     (folders / "dataset.json").rename(folders / "prediction" / "dataset.json")
     assert evaluate(folders, dataset_json=None).regions == ["organ", "lesion"]
     assert evaluate(folders, dataset_json=None, labels=[2]).regions == ["2"]

@@ -23,7 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "evaluate",
         help="evaluate predictions, made for small lesions",
         description="Compares folders of predictions with a folder of references: voxels, surfaces, single lesions, "
-        "sizes. Writes summary.json, cases.csv and lesions.csv. docs/evaluation.md defines every metric.",
+        "sizes. Writes summary.json, cases.csv, lesions.csv and report.html. docs/evaluation.md defines every metric.",
     )
     parser.add_argument("-ref", required=True, metavar="FOLDER", help="label maps of the reference")
     parser.add_argument(
@@ -76,6 +76,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--instances", metavar="FOLDER", help="lesion numbers of the reference (default: connected components)"
     )
     parser.add_argument("--protocol", choices=PROTOCOLS, help="compute the numbers of a challenge or paper besides")
+    parser.add_argument("-images", metavar="FOLDER", help="images, for the pictures of the worst cases in the report")
+    parser.add_argument(
+        "-patients", metavar="FILE", help="which patient a case belongs to (CSV or JSON): intervals are over patients"
+    )
+    parser.add_argument("--no_report", action="store_true", help="write the tables only")
     parser.add_argument("--chill", action="store_true", help="skip cases of which a file is missing")
     parser.add_argument("-np", type=positive_integer, metavar="N", help="processes (default: cores, 8 at most)")
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of a table")
@@ -103,8 +108,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluates, prints a short table on stdout and the files written."""
     from nnunetv2_smallseg.evaluation.case import Settings
     from nnunetv2_smallseg.evaluation.matching import MatchingRule
+    from nnunetv2_smallseg.evaluation.resampling import read_patients
     from nnunetv2_smallseg.evaluation.run import evaluate_folders
 
+    patients = read_patients(Path(arguments.patients)) if arguments.patients else None
     evaluation = evaluate_folders(
         Path(arguments.ref),
         prediction_folders(arguments.pred),
@@ -126,7 +133,10 @@ def run(arguments: argparse.Namespace) -> int:
         num_processes=arguments.np,
         chill=arguments.chill,
     )
-    # INTEGRATION: write the report (evaluation.report.write_report(evaluation, evaluation.output)) here.
+    if not arguments.no_report:
+        from nnunetv2_smallseg.evaluation.folder_report import report_folders
+
+        report_folders(evaluation, images=Path(arguments.images) if arguments.images else None, patients=patients)
     protocol = {name: result["summary"] for name, result in (evaluation.protocol or {}).items()}
     if arguments.json:
         content = {

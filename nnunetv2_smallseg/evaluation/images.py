@@ -16,7 +16,16 @@ import SimpleITK
 
 from nnunetv2_smallseg.errors import SmallSegError
 
-__all__ = ["FILE_ENDINGS", "EvaluationError", "LabelImage", "check_geometry", "label_files", "read_labels"]
+__all__ = [
+    "FILE_ENDINGS",
+    "EvaluationError",
+    "LabelImage",
+    "check_geometry",
+    "image_file",
+    "label_files",
+    "read_image",
+    "read_labels",
+]
 
 VOLUME_ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
 PICTURE_ENDINGS = (".png", ".bmp")
@@ -103,6 +112,42 @@ def read_labels(path: Path, spacing: Sequence[float] | None = None) -> LabelImag
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         raise EvaluationError(f"{path} cannot be read ({_last_line(error)}): write it anew") from error
     return image
+
+
+def image_file(folder: Path, case: str) -> Path:
+    """The image of a case: ``<case>_0000``, as nnU-Net names the first channel, or ``<case>``, with any known ending.
+
+    Raises:
+        EvaluationError: If there is none.
+    """
+    for name in (f"{case}_0000", case):
+        for ending in FILE_ENDINGS:
+            if (folder / f"{name}{ending}").is_file():
+                return folder / f"{name}{ending}"
+    raise EvaluationError(f"{folder} holds no image of the case {case}: expected {case}_0000 or {case} with an ending "
+                          f"of {', '.join(FILE_ENDINGS)}")  # fmt: skip
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Reads an image to be shown: (Z, Y, X), (Y, X) or colours (Y, X, 3).
+
+    Raises:
+        EvaluationError: If the file cannot be read.
+    """
+    ending = file_ending(path)
+    try:
+        if ending in PICTURE_ENDINGS:
+            from PIL import Image
+
+            with Image.open(path) as picture:
+                return np.asarray(picture.convert("L" if picture.mode in ("1", "L", "I", "I;16") else "RGB"))
+        if ending in TIFF_ENDINGS:
+            import tifffile
+
+            return tifffile.imread(path)
+        return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
+    except (RuntimeError, OSError, ValueError) as error:
+        raise EvaluationError(f"{path} cannot be read ({_last_line(error)}): write it anew") from error
 
 
 def check_geometry(reference: LabelImage, prediction: LabelImage) -> None:

@@ -83,12 +83,19 @@ class Resampling:
         return np.unique([self.patients[case] for case in cases], return_inverse=True)[1]
 
 
+def _pairs(key: str, value: object) -> list[tuple[str, str]]:
+    """(case, patient) pairs of an entry of a JSON object."""
+    if isinstance(value, list):
+        return [(case, key) for case in value]
+    return [(key, value["patient"] if isinstance(value, dict) else value)]
+
+
 def read_patients(file: Path) -> dict[str, str]:
     """Reads which patient a case belongs to.
 
     Args:
-        file: CSV with the columns ``case`` and ``patient``, or JSON with an object of case -> patient or of
-            patient -> list of cases.
+        file: CSV with the columns ``case`` and ``patient``, or JSON with an object of case -> patient, of patient ->
+            list of cases, or of case -> object with ``patient``, as ``smallseg convert`` writes ``cases.json``.
 
     Returns:
         Case -> patient.
@@ -104,11 +111,7 @@ def read_patients(file: Path) -> dict[str, str]:
         raise SmallSegError(f"{file} cannot be read ({error.strerror}). Give {allowed}.") from None
     try:
         if file.suffix.lower() == ".json":
-            pairs = [
-                (case, patient)
-                for key, value in json.loads(text).items()
-                for case, patient in ([(case, key) for case in value] if isinstance(value, list) else [(key, value)])
-            ]
+            pairs = [(case, patient) for key, value in json.loads(text).items() for case, patient in _pairs(key, value)]
         else:
             pairs = [(row["case"], row["patient"]) for row in csv.DictReader(text.splitlines())]
     except (AttributeError, KeyError, ValueError):

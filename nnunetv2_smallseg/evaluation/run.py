@@ -37,7 +37,7 @@ class Evaluation:
     Attributes:
         output: Folder the files were written to.
         settings: What was chosen, as plain values.
-        regions: Names of the regions, in the order of the tables.
+        scheme: The regions, in the order of the tables.
         cases: Rows of ``cases.csv``; undefined values are None or nan.
         lesions: Rows of ``lesions.csv``.
         summaries: Prediction -> content of its ``summary.json``; ours is under ``smallseg``.
@@ -47,7 +47,7 @@ class Evaluation:
 
     output: Path
     settings: dict[str, Any]
-    regions: list[str]
+    scheme: LabelScheme
     cases: list[dict]
     lesions: list[dict]
     summaries: dict[str, dict]
@@ -198,7 +198,7 @@ def _collect(
     evaluation = Evaluation(
         output=output,
         settings=described,
-        regions=[region.name for region in scheme.regions],
+        scheme=scheme,
         cases=[row for result in results for row in result.rows],
         lesions=[row for result in results for row in result.lesions],
         summaries=summaries,
