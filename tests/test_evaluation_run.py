@@ -59,6 +59,10 @@ def folders(tmp_path):
     return tmp_path
 
 
+def region_names(evaluation) -> list[str]:
+    return [region.name for region in evaluation.scheme.regions]
+
+
 def evaluate(folder, **options):
     options = {"dataset_json": folder / "dataset.json", "num_processes": 1, **options}
     predictions = options.pop("predictions", {"model": folder / "prediction"})
@@ -69,7 +73,7 @@ def test_tables(folders):
     evaluation = evaluate(folders)
     cases = read_table(folders / "output" / "cases.csv")
     assert len(cases) == 6 == len(evaluation.cases)
-    assert [region.name for region in evaluation.scheme.regions] == ["organ", "lesion"]
+    assert region_names(evaluation) == ["organ", "lesion"]
     columns = (
         "prediction case region dice iou sensitivity precision specificity f2 mae ravd assd_mm hd_mm hd95_mm nsd auc "
         "num_reference_lesions num_predicted_lesions num_detected num_false_positives reference_volume_mm3 "
@@ -269,11 +273,13 @@ def test_arguments_are_checked(folders):
 
 def test_labels_by_number_and_beside_the_prediction(folders):
     evaluation = evaluate(folders, dataset_json=None, labels=[1, 2])
-    assert [region.name for region in evaluation.scheme.regions] == ["1", "2"]
+    assert region_names(evaluation) == ["1", "2"]
     (folders / "dataset.json").rename(folders / "prediction" / "dataset.json")
-    assert evaluate(folders, dataset_json=None).regions == ["organ", "lesion"]
-    assert evaluate(folders, dataset_json=None, labels=[2]).regions == ["2"]
-    assert evaluate(folders, dataset_json=folders / "prediction" / "dataset.json", labels=[2]).regions == ["lesion"]
+    assert region_names(evaluate(folders, dataset_json=None)) == ["organ", "lesion"]
+    assert region_names(evaluate(folders, dataset_json=None, labels=[2])) == ["2"]
+    assert region_names(evaluate(folders, dataset_json=folders / "prediction" / "dataset.json", labels=[2])) == [
+        "lesion"
+    ]
 
 
 def test_instances(folders):
@@ -357,9 +363,10 @@ def test_command_line(folders, capsys):
     assert "0.400 (2)" in out  # a mean is never without its number of cases
     assert "2 of 4" in out
     assert sorted(path.name for path in (folders / "output").iterdir()) == [
-        "cases.csv", "lesions.csv", "summary.json", "summary_ours.json", "summary_reference.json",
+        "cases.csv", "figures", "lesions.csv", "report.html", "statistics.json", "summary.json", "summary_ours.json",
+        "summary_reference.json",
     ]  # fmt: skip
-    assert main([*arguments, "--json", "--protocol", "s3mamba"]) == 0
+    assert main([*arguments, "--json", "--no_report", "--protocol", "s3mamba"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["predictions"]["reference"]["lesion"]["metrics"]["dice"]["mean"] == 1
     assert content["protocol"]["reference"]["all"]["DSC"] == 100

@@ -17,8 +17,10 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from made_up_tables import lesion_row, made_up_rows, made_up_volume
 
+from nnunetv2_smallseg.cli.main import main
 from nnunetv2_smallseg.errors import SmallSegError
 from nnunetv2_smallseg.evaluation.figures import short_name
 from nnunetv2_smallseg.evaluation.previews import (
@@ -465,3 +467,36 @@ class TestBrowser:
             browse, report, tmp_path, lambda page: page.replace("</main>", '<img src="file:///x.png"></main>')
         )
         assert any("img-src" in problem for problem in outside["problems"])
+
+
+def test_command_line_writes_the_report(tmp_path, capsys):
+    """Two predictions of two volumes, with images and patients, through ``smallseg evaluate``."""
+    generator = np.random.default_rng(0)
+    for case in ("a", "b"):
+        labels = np.zeros((6, 24, 24), np.uint8)
+        labels[2:4, 4:8, 4:8] = labels[3:5, 14:20, 12:18] = 1
+        volumes = {
+            "reference": labels,
+            "exact": labels,
+            "shifted": np.roll(labels, 2, axis=2),
+            "images": generator.normal(size=labels.shape).astype(np.float32),
+        }
+        for folder, array in volumes.items():
+            (tmp_path / folder).mkdir(exist_ok=True)
+            name = f"{case}_0000.nii.gz" if folder == "images" else f"{case}.nii.gz"
+            sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / folder / name))
+    (tmp_path / "patients.csv").write_text("case,patient\na,p1\nb,p2\n")
+    command = ["evaluate", "-ref", str(tmp_path / "reference"), "-o", str(tmp_path / "out"), "-np", "1"]
+    command += ["-pred", f"exact={tmp_path / 'exact'}", f"shifted={tmp_path / 'shifted'}"]
+    images = ["-images", str(tmp_path / "images"), "-patients", str(tmp_path / "patients.csv")]
+    assert main([*command, *images]) == 0
+    assert "shifted" in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "2 patients" in page
+    assert page.count("data:image/png;base64,") == 2  # both cases of the prediction that is not exact
+    (tmp_path / "images" / "b_0000.nii.gz").unlink()
+    assert main([*command, *images]) == 1
+    assert "no image of the case b" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out")
+    assert main([*command, "--no_report"]) == 0
+    assert not (tmp_path / "out" / "report.html").exists()

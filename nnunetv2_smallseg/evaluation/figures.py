@@ -500,7 +500,7 @@ def draw_paired_differences(
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("difference" + (f" ({units.length})" if rows is distances else ""))
         # Zero in the middle shows at a glance to which side the cases fall.
-        limit = 1.05 * max(abs(bound) for bound in axes.dataLim.intervalx)
+        limit = 1.05 * max(abs(bound) for bound in axes.dataLim.intervalx) or 1.0  # 0 if nothing differs
         axes.set_xlim(-limit, limit)
     for index in (second, first):
         grid[0].scatter([], [], s=16, color=colour(index), label=f"{short_name(tables.predictions[index])} better")
