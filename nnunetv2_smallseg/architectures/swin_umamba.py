@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from nnunetv2_smallseg.architectures.blocks.channels_last import in_faster_layout, instance_norm
 from nnunetv2_smallseg.architectures.blocks.vss import PatchExpanding, VMambaEncoder, VSSStage
 from nnunetv2_smallseg.architectures.segmentation_network import SegmentationNetwork
 
@@ -52,10 +53,12 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, input_channels, H, W) -> (B, output_channels, H, W)."""
-        residual = functional.leaky_relu(functional.instance_norm(self.conv1(x)), 0.01)
-        residual = functional.instance_norm(self.conv2(residual))
-        shortcut = x if self.shortcut is None else functional.instance_norm(self.shortcut(x))
-        return functional.leaky_relu(residual + shortcut, 0.01)
+        x = in_faster_layout(x)
+        # In place: norms keep their inputs, not their outputs, for the backward pass.
+        residual = functional.leaky_relu(instance_norm(self.conv1(x)), 0.01, inplace=True)
+        residual = instance_norm(self.conv2(residual))
+        residual += x if self.shortcut is None else instance_norm(self.shortcut(x))
+        return functional.leaky_relu(residual, 0.01, inplace=True)
 
 
 class UpBlock(nn.Module):
@@ -91,7 +94,7 @@ class Stem(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, input_channels, H, W) -> (B, width, H / 2, W / 2)."""
-        return self.norm(self.conv(x))
+        return instance_norm(self.conv(in_faster_layout(x)), self.norm.weight, self.norm.bias, self.norm.eps)
 
 
 class ConvolutionalDecoder(nn.Module):
