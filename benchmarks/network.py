@@ -12,8 +12,8 @@ convolutions a stage in encoder and decoder, instance norm, LeakyReLU.
 
 Times are wall-clock and, because a busy machine stretches those, processor time of the process, summed over its
 threads. Peak memory is that of one call in a process of its own, beyond network and input; that of a training step
-includes the gradients of the parameters. The profile is of SwinUMamba with the back end ``cpu``, one call: processor
-time of the operators themselves, which leaves out Python.
+includes the gradients of the parameters. The profile is of SwinUMamba with the back end ``cpu``, one call: elapsed time
+of each operator without those it calls, so a busy machine stretches it.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def peak_memory(**arguments: str | int) -> float:
 
 
 def operator_times(run: Callable[[], None]) -> dict[str, float]:
-    """Milliseconds of processor time by kind of operator in one call."""
+    """Elapsed milliseconds by kind of operator in one call."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run()
     times = dict.fromkeys((*KINDS, REST), 0.0)

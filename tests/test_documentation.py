@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_command
 
+from benchmarks import network
 from nnunetv2_smallseg.cli.main import build_parser, main
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -54,6 +56,14 @@ def test_generated_tables_are_current():
         [sys.executable, str(ROOT / "scripts" / "write_tables.py"), "--check"], capture_output=True, text=True
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+def test_table_of_the_whole_network_is_current():
+    results = ROOT / "benchmarks" / "results"
+    after, before = (
+        json.loads((results / f"{name}.json").read_text()) for name in ("network_cpu", "network_cpu_before")
+    )
+    assert f"\n{network.tables(after, before)}\n" in (ROOT / "docs" / "scans.md").read_text()
 
 
 @pytest.mark.parametrize(("page", "words"), commands("smallseg"))
