@@ -1,6 +1,7 @@
 """Times the back ends of the selective scan and of SS2D against plain loops, in interleaved rounds of one run.
 
-    python -m benchmarks.scan -o benchmarks/results/scan_cpu.json --docs docs/scans.md
+    python -m benchmarks.scan -operators selective_scan -o benchmarks/results/scan_cpu.json --docs docs/scans.md
+    python -m benchmarks.scan -operators ss2d -o benchmarks/results/ss2d_cpu.json --docs docs/scans.md
 
 Two baselines. Forward: ``step loop``, the algorithm of mamba-ssm's ``selective_scan_ref`` (decays and inputs of all
 steps first, then one indexed step after the other). Its backward pass is quadratic in L, since autograd fills a
@@ -48,7 +49,6 @@ SCAN, SS2D = "selective_scan", "ss2d"
 FORWARD, BOTH = "forward", "forward+backward"
 BASELINES = {FORWARD: "step loop", BOTH: "unbind loop"}
 UNFUSED = "unfused cpu"
-MARKERS = ("<!-- benchmarks/scan.py writes from here -->", "<!-- to here -->")
 
 
 def step_loop(
@@ -286,14 +286,15 @@ def ratio(value: float) -> str:
     return f"{value:.{0 if value >= 10 else 1 if value >= 1 else 2}f}"
 
 
-def write_table(document: Path, measured: dict) -> None:
-    """Replaces the part of the document between the markers."""
+def write_table(document: Path, measured: dict, name: str) -> None:
+    """Replaces the part of the document between the markers of the results file called ``name``."""
+    start, end = f"<!-- benchmarks/scan.py writes {name} from here -->", f"<!-- end of {name} -->"
     text = document.read_text()
-    if any(text.count(marker) != 1 for marker in MARKERS):
-        raise SystemExit(f"{document} must hold each of these lines once: {MARKERS[0]} and {MARKERS[1]}")
-    before, rest = text.split(MARKERS[0])
-    after = rest.split(MARKERS[1])[1]
-    document.write_text(f"{before}{MARKERS[0]}\n\n{tables(measured)}\n\n{MARKERS[1]}{after}")
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise SystemExit(f"{document} must hold each of these lines once: {start} and {end}")
+    before, rest = text.split(start)
+    after = rest.split(end)[1]
+    document.write_text(f"{before}{start}\n\n{tables(measured)}\n\n{end}{after}")
 
 
 def cases(arguments: argparse.Namespace) -> list[Case]:
@@ -356,7 +357,7 @@ def main() -> None:
         arguments.o.write_text(json.dumps(measured, indent=2) + "\n")
     measured = json.loads(arguments.o.read_text())
     if arguments.docs is not None:
-        write_table(arguments.docs, measured)
+        write_table(arguments.docs, measured, arguments.o.name)
     print(tables(measured))
 
 
