@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,6 +24,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("nnUNet_def_n_proc", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run beside each other: one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# Background runs inherit ignored signals, but tests send them and expect what they do by default.
+for name, default in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, name), default)
 
 
 def shared_folder() -> Path | None:
