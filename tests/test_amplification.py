@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 
 import numpy as np
 import pytest
@@ -28,7 +26,8 @@ from nnunetv2_smallseg.augmentation.amplification import (
     take_view,
 )
 from nnunetv2_smallseg.data.amplified_loader import AmplifiedDataLoader
-from nnunetv2_smallseg.data.slice_table import SliceTable, cache_file, count_labels, read_counts
+from nnunetv2_smallseg.data.lesion_table import count_labels
+from nnunetv2_smallseg.data.slice_table import SliceTable
 from nnunetv2_smallseg.errors import CommandStopped
 from nnunetv2_smallseg.trainers.amplification import AmplificationMixin
 from nnunetv2_smallseg.trainers.slabs import SlabTrainer
@@ -481,54 +480,6 @@ def make(name_or_class, workspace, configuration: str = "2d", fold: int = 0, **d
 def log_of(trainer: nnUNetTrainer) -> str:
     with open(trainer.log_file) as file:
         return file.read()
-
-
-def test_counts_are_made_once_and_shared_by_folds(nnunet_folders, monkeypatch):
-    from nnunetv2_smallseg.data import slice_table
-
-    counted = []
-    monkeypatch.setattr(slice_table, "count_labels", lambda seg: counted.append(1) or count_labels(seg))
-    trainer = make("nnUNetTrainerSTSNet", nnunet_folders)
-    trainer.initialize()
-    dataset, other = trainer.get_tr_and_val_datasets()
-    file = cache_file(dataset)
-    file.unlink(missing_ok=True)
-    first = read_counts(dataset)
-    assert len(counted) == len(dataset.identifiers) == 4
-    assert read_counts(dataset) == first
-    assert len(counted) == 4
-    assert len(read_counts(other)) == 1
-    assert len(counted) == 5  # the fold's other case is added, and the first four stay
-    assert set(json.loads(file.read_text())) == set(dataset.identifiers) | set(other.identifiers)
-    everything = type(dataset)(dataset.source_folder)
-    assert len(read_counts(everything)) == 5
-    assert len(counted) == 5
-    for case, counts in first.items():
-        segmentation = np.asarray(dataset.load_case(case)[1][0])
-        assert counts.num_slices == len(segmentation)
-        assert counts.areas([1]).tolist() == (segmentation == 1).sum(axis=(1, 2)).tolist()
-    changed = os.path.join(dataset.source_folder, f"{dataset.identifiers[0]}_seg.b2nd")
-    os.utime(changed)
-    read_counts(dataset)
-    assert len(counted) == 6
-    file.write_text("no JSON")
-    assert read_counts(dataset) == first
-    assert len(counted) == 10
-
-
-def test_a_read_only_folder_costs_time_only(nnunet_folders, monkeypatch, caplog):
-    from nnunetv2_smallseg.data import slice_table
-
-    def refuse(target):
-        raise PermissionError("read-only")
-
-    trainer = make("nnUNetTrainerSTSNet", nnunet_folders)
-    trainer.initialize()
-    dataset, _ = trainer.get_tr_and_val_datasets()
-    cache_file(dataset).unlink(missing_ok=True)
-    monkeypatch.setattr(slice_table, "replacing", refuse)
-    assert len(read_counts(dataset)) == 4
-    assert "could not be written" in caplog.text
 
 
 @pytest.mark.parametrize("configuration", ["2d", "2.5d"])

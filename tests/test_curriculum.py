@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from nnunetv2_smallseg.data.curriculum import Curriculum, lesion_fraction, size_groups
+from nnunetv2_smallseg.data.lesion_table import count_labels
 
 # Five cases from large to small lesions. Their losses turn the order of the first and the last around.
 FRACTIONS = {"a": 0.5, "b": 0.4, "c": 0.3, "d": 0.2, "e": 0.1}
@@ -127,10 +128,11 @@ def test_size_groups_are_those_of_the_paper():
 
 
 def test_lesion_fraction():
-    segmentation = np.array([[[0, 1, 2, 3], [-1, 0, 2, 3]]])
-    assert lesion_fraction(segmentation, [1, 2]) == 3 / 8
-    assert lesion_fraction(segmentation, [2], ignore_label=3) == 2 / 6
-    assert lesion_fraction(np.full((2, 2), 3), [1], ignore_label=3) == 0
+    segmentation = np.array([[[[0, 1, 2, 3], [-1, 0, 2, 3]]]])
+    counts = count_labels(segmentation)
+    assert lesion_fraction(counts, [1, 2]) == 3 / 8
+    assert lesion_fraction(counts, [2], ignore_label=3) == 2 / 6
+    assert lesion_fraction(count_labels(np.full((1, 1, 2, 2), 3)), [1], ignore_label=3) == 0
 
 
 def test_state_returns_bit_by_bit():

@@ -22,7 +22,6 @@ from torch import distributed, multiprocessing
 from nnunetv2_smallseg.data.curriculum import Curriculum
 from nnunetv2_smallseg.errors import CommandStopped
 from nnunetv2_smallseg.losses.weighted import SampleWeightedLoss, WeightedDice, WeightedDiceCELoss
-from nnunetv2_smallseg.trainers import curriculum as module
 from nnunetv2_smallseg.trainers import nnUNetTrainerCurriculum, nnUNetTrainerSwinUMambaDScratch
 from nnunetv2_smallseg.trainers.curriculum import CurriculumMixin, with_sample_weights
 from nnunetv2_smallseg.trainers.slabs import SlabTrainer
@@ -110,43 +109,6 @@ def test_lesion_sizes_are_those_of_the_phantom(nnunet_folders):
             sitk.ReadImage(str(nnunet_folders.folder / "raw" / nnunet_folders.dataset / "labelsTr" / f"{key}.nii.gz"))
         )
         assert fraction == pytest.approx((labels == 1).mean(), rel=0.2, abs=1e-6)  # cropped and resampled
-
-
-def test_lesions_are_measured_once(nnunet_folders, monkeypatch):
-    cache = nnunet_folders.preprocessed / "smallseg_lesion_fractions_nnUNetSmallSegPlans_2d.json"
-    cache.unlink(missing_ok=True)
-    first = make(nnUNetTrainerCurriculum, nnunet_folders)
-    first.on_train_start()
-    assert cache.is_file()
-    kept = json.loads(cache.read_text())
-    calls = []
-    counted = module.lesion_fraction
-    monkeypatch.setattr(module, "lesion_fraction", lambda *arguments: calls.append(1) or counted(*arguments))
-    second = make(nnUNetTrainerCurriculum, nnunet_folders)
-    second.on_train_start()
-    assert calls == []
-    assert second.curriculum.fractions.tolist() == first.curriculum.fractions.tolist()
-    # Preprocessed anew: only that case is read again. A damaged file is no file.
-    [labels] = kept
-    case = next(iter(kept[labels]))
-    kept[labels][case][0] += 1
-    cache.write_text(json.dumps(kept))
-    make(nnUNetTrainerCurriculum, nnunet_folders).on_train_start()
-    assert len(calls) == 1
-    cache.write_text('{"labels')
-    make(nnUNetTrainerCurriculum, nnunet_folders).on_train_start()
-    assert len(calls) == 1 + len(first.curriculum.keys)
-
-
-def test_a_cache_that_cannot_be_written_is_no_error(nnunet_folders, monkeypatch):
-    def refuse(*arguments):
-        raise PermissionError("read-only")
-
-    (nnunet_folders.preprocessed / "smallseg_lesion_fractions_nnUNetSmallSegPlans_2d.json").unlink(missing_ok=True)
-    monkeypatch.setattr("nnunetv2_smallseg.data.curriculum.write_json", refuse)
-    trainer = make(nnUNetTrainerCurriculum, nnunet_folders)
-    trainer.on_train_start()
-    assert "not kept for the next training: read-only" in log_of(trainer)
 
 
 def test_all_weights_one_trains_exactly_as_without(nnunet_folders):
@@ -323,7 +285,7 @@ def test_lesion_labels(nnunet_folders):
     run_epoch(trainer, 0)
     assert not trainer.curriculum.fractions.any()  # the phantom has label 1 only
     assert not trainer.curriculum.seen.any()
-    with pytest.raises(CommandStopped, match=r"lesion_labels of OnlyTwo is \[2\].*labels of the data set are \[1\]"):
+    with pytest.raises(CommandStopped, match=r"lesion_labels of OnlyTwo is \(2,\).*labels of the data set, \[1\]"):
         make(OnlyTwo, nnunet_folders).initialize()
     regions = {"background": 0, "whole": [1, 2], "core": 2}
     trainer = make(OnlyTwo, nnunet_folders, labels=regions, regions_class_order=[1, 2])

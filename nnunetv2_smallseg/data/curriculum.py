@@ -9,17 +9,15 @@ rank and weight: its minimum is v = 0 for every case. Here the rank term is a re
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from scipy.stats import rankdata
 
-from nnunetv2_smallseg.files import write_json
+from nnunetv2_smallseg.data.lesion_table import LabelCounts
 
-__all__ = ["SIZE_GROUPS", "Curriculum", "FractionCache", "lesion_fraction", "size_groups"]
+__all__ = ["SIZE_GROUPS", "Curriculum", "lesion_fraction", "size_groups"]
 
 # Shares of the training in which losses replace sizes, and in which preference moves from easy to hard.
 LOSSES_FROM, LOSSES_ALONE_FROM = 0.1, 0.2
@@ -32,52 +30,21 @@ SIZE_GROUPS = ("small", "medium", "large", "no lesion")
 SMALL_UP_TO, MEDIUM_UP_TO = 0.3, 0.6
 
 
-def lesion_fraction(segmentation: np.ndarray, lesion_labels: Sequence[int], ignore_label: int | None = None) -> float:
+def lesion_fraction(counts: LabelCounts, lesion_labels: Sequence[int], ignore_label: int | None = None) -> float:
     """Share of a case that is lesion.
 
     Args:
-        segmentation: Labels, any shape; negative values are background, as nnU-Net marks what lies outside the body.
+        counts: Label counts of the case (``lesion_table.count_labels``).
         lesion_labels: Labels that count as lesion.
         ignore_label: Label of voxels without annotation; they count in neither part of the fraction.
     Returns:
         Lesion voxels by annotated voxels, in [0, 1]; 0 where nothing is annotated.
     """
-    annotated = segmentation.size
+    annotated = counts.num_slices * counts.slice_pixels
     if ignore_label is not None:
-        annotated -= int(np.count_nonzero(segmentation == ignore_label))
-    lesion = int(np.count_nonzero(np.isin(segmentation, list(lesion_labels))))
+        annotated -= int(counts.areas([ignore_label]).sum())
+    lesion = int(counts.areas(lesion_labels).sum())
     return lesion / annotated if annotated else 0.0
-
-
-class FractionCache:
-    """Lesion fractions kept in a file, so that each case is read once and not at each start of a training.
-
-    Args:
-        file: JSON file. One that is absent or damaged counts as empty.
-        labels: What was counted, as text; fractions of other labels are kept beside each other.
-    """
-
-    def __init__(self, file: Path, labels: str) -> None:
-        self.file = file
-        self.labels = labels
-        try:
-            self.content = json.loads(file.read_text(encoding="utf-8"))
-            self.known = self.content.setdefault(labels, {})
-            # Looking at every entry once finds whatever is no table of pairs.
-            self.known.update({key: (int(version), float(value)) for key, (version, value) in self.known.items()})
-        except (OSError, ValueError, TypeError, AttributeError):
-            self.known = {}
-            self.content = {labels: self.known}
-
-    def get(self, key: str, version: int) -> float | None:
-        """The fraction of a case; None if it is unknown or was read from another version of the file."""
-        known_version, value = self.known.get(key, (None, None))
-        return value if known_version == version else None
-
-    def add(self, entries: Mapping[str, tuple[int, float]]) -> None:
-        """Adds case -> (version, fraction) and writes the file, whole or not at all; ``OSError`` if it cannot."""
-        self.known.update(entries)
-        write_json(self.content, self.file)
 
 
 def rank_normalise(values: np.ndarray) -> np.ndarray:

@@ -1,138 +1,17 @@
-"""How many pixels of each label every slice of a data set has, counted once and kept beside the preprocessed data.
-
-nnU-Net's own ``class_locations`` hold a sample of the voxels of each class and cannot tell areas.
-"""
+"""Which slices of the training cases the amplified data set has, and how often."""
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 
 from nnunetv2_smallseg.augmentation.amplification import NUM_COPIES, amplification_thresholds
-from nnunetv2_smallseg.files import replacing
+from nnunetv2_smallseg.data.lesion_table import LabelCounts
 
-__all__ = ["LabelCounts", "SliceTable", "cache_file", "count_labels", "read_counts"]
-
-logger = logging.getLogger(__name__)
-
-# Names of the preprocessed segmentation of a case, as nnU-Net's two kinds of data sets write it.
-SEGMENTATION_ENDINGS = ("_seg.b2nd", "_seg.npy", ".npz")
-
-
-@dataclass(frozen=True)
-class LabelCounts:
-    """Pixels of each label in the slices of a case.
-
-    Attributes:
-        num_slices: Slices Z of the case.
-        slice_pixels: Pixels of a slice.
-        labels: Label above 0 -> slice -> number of pixels; slices without the label are left out.
-    """
-
-    num_slices: int
-    slice_pixels: int
-    labels: dict[int, dict[int, int]]
-
-    def areas(self, labels: Sequence[int]) -> np.ndarray:
-        """Pixels of any of ``labels`` in each slice, (Z,) int64."""
-        areas = np.zeros(self.num_slices, dtype=np.int64)
-        for label in labels:
-            for position, pixels in self.labels.get(label, {}).items():
-                areas[position] += pixels
-        return areas
-
-
-def count_labels(segmentation: np.ndarray) -> LabelCounts:
-    """Counts slice by slice.
-
-    Args:
-        segmentation: (1, Z, Y, X) or more channels, of which the first counts; numpy or Blosc2. Labels of 0 and below
-            are not counted: background, and -1 outside of the image.
-    """
-    _, num_slices, height, width = segmentation.shape
-    labels: dict[int, dict[int, int]] = {}
-    for position in range(num_slices):
-        pixels = np.asarray(segmentation[0, position])
-        counts = np.bincount(pixels[pixels > 0].astype(np.int64))
-        for label in np.flatnonzero(counts):
-            labels.setdefault(int(label), {})[position] = int(counts[label])
-    return LabelCounts(num_slices, height * width, labels)
-
-
-def cache_file(dataset: nnUNetBaseDataset) -> Path:
-    """Where the counts of a data set and configuration are kept: beside its folder, which must hold cases only."""
-    folder = Path(dataset.source_folder)
-    return folder.with_name(f"{folder.name}_slice_areas.json")
-
-
-def read_counts(dataset: nnUNetBaseDataset) -> dict[str, LabelCounts]:
-    """Counts of all cases of a data set, from the cache where they are there.
-
-    The cache is keyed by case, so that folds share it; a case whose file has changed is counted again. Several
-    processes may do this at once. A cache that cannot be written costs time only, and is logged.
-
-    Args:
-        dataset: The preprocessed cases.
-    Returns:
-        Case -> counts, in the order of ``dataset.identifiers``.
-    """
-    file = cache_file(dataset)
-    cached = _read_cache(file)
-    entries = {}
-    for case in dataset.identifiers:
-        state = _file_state(dataset, case)
-        entry = cached.get(case)
-        if entry is None or state is None or entry["file"] != state:
-            _, segmentation, _, _ = dataset.load_case(case)
-            counts = count_labels(segmentation)
-            entry = {
-                "file": state,
-                "num_slices": counts.num_slices,
-                "slice_pixels": counts.slice_pixels,
-                "labels": counts.labels,
-            }
-        entries[case] = entry
-    if any(cached.get(case) is not entry for case, entry in entries.items()):
-        try:
-            with replacing(file) as temporary:
-                temporary.write_text(json.dumps({**_read_cache(file), **entries}), encoding="utf-8")
-        except OSError as error:
-            logger.warning("%s could not be written (%s): slices will be counted again next time", file, error)
-    return {case: _counts(entry) for case, entry in entries.items()}
-
-
-def _read_cache(file: Path) -> dict[str, dict]:
-    """What the cache holds; nothing if it is absent or damaged."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _file_state(dataset: nnUNetBaseDataset, case: str) -> list[int] | None:
-    """Size and time of change of a case's segmentation; None for data sets that keep it elsewhere."""
-    for ending in SEGMENTATION_ENDINGS:
-        file = Path(dataset.source_folder) / f"{case}{ending}"
-        if file.is_file():
-            return [file.stat().st_size, file.stat().st_mtime_ns]
-    return None
-
-
-def _counts(entry: dict) -> LabelCounts:
-    """The entry of a cache file, whose keys are strings, as numbers."""
-    labels = {
-        int(label): {int(position): pixels for position, pixels in slices.items()}
-        for label, slices in entry["labels"].items()
-    }
-    return LabelCounts(entry["num_slices"], entry["slice_pixels"], labels)
+__all__ = ["SliceTable"]
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
 from nnunetv2_smallseg.data.amplified_loader import AmplifiedDataLoader
-from nnunetv2_smallseg.data.slice_table import SliceTable, read_counts
+from nnunetv2_smallseg.data.slice_table import SliceTable
 from nnunetv2_smallseg.errors import SmallSegError
 from nnunetv2_smallseg.plans.configurations import is_volume
+from nnunetv2_smallseg.trainers.lesion_labels import LesionLabels
 from nnunetv2_smallseg.trainers.slabs import SlabTrainer, stop_on_user_error
 
 __all__ = ["AmplificationMixin", "nnUNetTrainerAmplification"]
 
 
-class AmplificationMixin:
+class AmplificationMixin(LesionLabels):
     """Gives a trainer the amplified training set; its validation stays as it is.
 
     Stands before the trainer among the bases: ``class MyTrainer(AmplificationMixin, SlabTrainer)``. The trainer works
@@ -25,12 +24,10 @@ class AmplificationMixin:
     Attributes:
         amplify: Whether slices with small lesions count six times. If False, slices are drawn in the same way, but each
             counts once: the trainer without amplification to compare with.
-        lesion_labels: Labels that count as lesion, for data sets that label organs, too; None for all labels. A
-            configuration of the plans may hold others under ``lesion_labels``, which come first.
+        lesion_labels: Labels that count as lesion (``LesionLabels``).
     """
 
     amplify: bool = True
-    lesion_labels: Sequence[int] | None = None
 
     def get_dataloaders(self):
         """nnU-Net's data loaders, with the loader of the training replaced."""
@@ -54,31 +51,14 @@ class AmplificationMixin:
             )
 
     def _lesion_labels(self) -> list[int]:
-        """The labels that count as lesion.
-
-        Raises:
-            SmallSegError: If ``lesion_labels`` names others than the data set has, or none.
-        """
-        foreground = [int(label) for label in self.label_manager.foreground_labels]
-        configuration = self.configuration_manager.configuration
-        chosen = configuration.get("lesion_labels", self.lesion_labels)
-        if chosen is None:
-            return foreground
-        if not isinstance(chosen, Sequence) or not chosen or not set(chosen) <= set(foreground):
-            place = "the plans' configuration" if "lesion_labels" in configuration else f"{type(self).__name__}"
-            raise SmallSegError(
-                f"lesion_labels of {place} is {chosen}, but must list some of the labels {foreground} of "
-                f"{self.plans_manager.dataset_name}: change it there"
-            )
-        return list(chosen)
+        """The labels that count as lesion; ``SmallSegError`` if they are wrong."""
+        return list(self.chosen_lesion_labels() or map(int, self.label_manager.foreground_labels))
 
     def _amplified(self, loader: nnUNetDataLoader) -> AmplifiedDataLoader:
         """The loader that draws from the amplified training set and else does what ``loader`` does."""
         labels = self._lesion_labels()
-        self.print_to_log_file("Counting the lesion pixels of every slice, once for each data set")
-        slices = SliceTable.build(
-            read_counts(loader._data), labels, ignore_label=self.label_manager.ignore_label, amplify=self.amplify
-        )
+        counts = self.read_lesion_table(loader._data).counts
+        slices = SliceTable.build(counts, labels, ignore_label=self.label_manager.ignore_label, amplify=self.amplify)
         self.print_to_log_file(slices.summary())
         axes = slice(1, None) if loader.patch_size_was_2d else slice(None)
         return AmplifiedDataLoader(

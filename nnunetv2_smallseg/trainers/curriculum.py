@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +21,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import distributed, nn
 from torch._dynamo import OptimizedModule
 
-from nnunetv2_smallseg.data.curriculum import SIZE_GROUPS, Curriculum, FractionCache, lesion_fraction
-from nnunetv2_smallseg.errors import SmallSegError
+from nnunetv2_smallseg.data.curriculum import SIZE_GROUPS, Curriculum, lesion_fraction
 from nnunetv2_smallseg.files import replacing
 from nnunetv2_smallseg.losses.weighted import (
     SampleWeightedLoss,
@@ -32,6 +30,7 @@ from nnunetv2_smallseg.losses.weighted import (
     WeightedDiceCELoss,
 )
 from nnunetv2_smallseg.trainers.curriculum_figure import draw_mean_weights
+from nnunetv2_smallseg.trainers.lesion_labels import LesionLabels
 from nnunetv2_smallseg.trainers.slabs import SlabTrainer, stop_on_user_error
 
 __all__ = ["CurriculumMixin", "nnUNetTrainerCurriculum", "with_sample_weights"]
@@ -101,7 +100,7 @@ def _load(file: str | Path, **options: object) -> dict:
         return torch.load(file, map_location="cpu", weights_only=True, **options)
 
 
-class CurriculumMixin:
+class CurriculumMixin(LesionLabels):
     """Trains with a weight for each case; goes before the trainer it changes: ``class T(CurriculumMixin, Trainer)``.
 
     The trainer must have nnU-Net's loss. A batch is weighed from ``on_train_start`` on; validation never is.
@@ -109,13 +108,12 @@ class CurriculumMixin:
     Attributes:
         curriculum_lambda: lambda of the paper's eq. 7, in (0, 1); larger values give more cases the full weight.
         min_curriculum_weight: Lower limit of a weight before normalisation, in (0, 1]; 1 makes all weights 1.
-        lesion_labels: Labels that count as lesion; None for all foreground. For data that also label organs.
+        lesion_labels: Labels that count as lesion (``LesionLabels``).
         curriculum: Weights and their state, from ``on_train_start`` on.
     """
 
     curriculum_lambda: float = 2 / 3
     min_curriculum_weight: float = 0.2
-    lesion_labels: Sequence[int] | None = None
     curriculum: Curriculum | None = None
     _restored_state: dict | None = None
     _resumed: bool = False
@@ -123,39 +121,10 @@ class CurriculumMixin:
     def _build_loss(self) -> SampleWeightedLoss:
         """The trainer's loss, with weights for samples."""
         with stop_on_user_error():
-            labels = self._checked_lesion_labels()
-            channels = self._lesion_channels(labels)
+            labels = self.chosen_lesion_labels()
+            regions = labels is not None and self.label_manager.has_regions
+            channels = self.chosen_lesion_classes() if regions else None
         return with_sample_weights(super()._build_loss(), lesion_labels=labels, lesion_channels=channels)
-
-    def _foreground_labels(self) -> list[int]:
-        """All labels but background and ignore label."""
-        return [int(label) for label in self.label_manager.all_labels if label != 0]
-
-    def _checked_lesion_labels(self) -> tuple[int, ...] | None:
-        """``lesion_labels``; ``SmallSegError`` if the data set has no such label."""
-        if self.lesion_labels is None:
-            return None
-        known = self._foreground_labels()
-        if not self.lesion_labels or not set(self.lesion_labels) <= set(known):
-            raise SmallSegError(
-                f"lesion_labels of {type(self).__name__} is {list(self.lesion_labels)}, but the labels of the data set "
-                f"are {known}: name some of these, or set it to None for all"
-            )
-        return tuple(self.lesion_labels)
-
-    def _lesion_channels(self, labels: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        """For regions: those that hold nothing but lesion labels. ``SmallSegError`` if there are none."""
-        if labels is None or not self.label_manager.has_regions:
-            return None
-        # A region is a label or a tuple of them.
-        regions = [set(np.atleast_1d(region).tolist()) for region in self.label_manager.foreground_regions]
-        channels = tuple(index for index, region in enumerate(regions) if region <= set(labels))
-        if not channels:
-            raise SmallSegError(
-                f"lesion_labels of {type(self).__name__} is {list(labels)}, but every region of the data set holds "
-                f"other labels too ({[sorted(region) for region in regions]}): name the labels of at least one region"
-            )
-        return channels
 
     def _gather(self, value: object) -> list:
         """The value of every process, in order."""
@@ -166,29 +135,10 @@ class CurriculumMixin:
         return values
 
     def _lesion_fractions(self, dataset: nnUNetBaseDataset) -> dict[str, float]:
-        """Lesion fraction of each training case; the processes share the work."""
-        labels = self._checked_lesion_labels() or self._foreground_labels()
-        folder = Path(self.preprocessed_dataset_folder)
-        # Not inside that folder: nnU-Net tells the format of its data by the endings there.
-        file = folder.parent / f"smallseg_lesion_fractions_{folder.name}.json"
-        ignored = self.label_manager.ignore_label
-        cache = FractionCache(file, f"labels {sorted(labels)}, ignored {ignored}")
-        known, new = {}, {}
-        mine = dataset.identifiers[self.local_rank :: distributed.get_world_size() if self.is_ddp else 1]
-        for key in mine:
-            version = (folder / f"{key}.pkl").stat().st_mtime_ns
-            known[key] = cache.get(key, version)
-            if known[key] is None:
-                segmentation = np.asarray(dataset.load_case(key)[1][:])  # (1, Z, Y, X)
-                known[key] = lesion_fraction(segmentation[0], labels, ignored)
-                new[key] = (version, known[key])
-        new = {key: entry for part in self._gather(new) for key, entry in part.items()}
-        if new and self.local_rank == 0:
-            try:
-                cache.add(new)
-            except OSError as error:
-                self.print_to_log_file(f"The lesion sizes are not kept for the next training: {error}")
-        return {key: value for part in self._gather(known) for key, value in part.items()}
+        """Lesion fraction of each training case."""
+        labels = self.chosen_lesion_labels() or self.label_manager.foreground_labels
+        counts = self.read_lesion_table(dataset).counts
+        return {case: lesion_fraction(counts[case], labels, self.label_manager.ignore_label) for case in counts}
 
     def on_train_start(self) -> None:
         """Measures the lesions of the training cases and takes over the state of a checkpoint."""
