@@ -1,4 +1,4 @@
-"""One entry per published system: its paper, networks and trainers.
+"""One entry per system: its paper, networks and trainers.
 
 Pure data. It imports neither torch nor nnunetv2, so that command line, documentation and tests can read it at no
 cost. Register a network or trainer here once and every generic test, ``smallseg trainers`` and ``smallseg doctor``
@@ -83,7 +83,11 @@ class Trainer:
 
 @dataclass(frozen=True)
 class System:
-    """A published system: one paper with its networks and trainers."""
+    """One paper with its networks, if they are ours, and trainers.
+
+    The last system is nnU-Net itself: its networks are those of the plans, and what its trainers here add is this
+    package's own, not published.
+    """
 
     name: str
     paper: Paper
@@ -418,6 +422,38 @@ SYSTEMS: tuple[System, ...] = (
                 network="MambaAHNetRecon",
                 weights=None,
                 description="Random start, loss of a reconstruction with weight 0.1",
+            ),
+        ),
+    ),
+    System(
+        name="nnU-Net",
+        paper=Paper(
+            title="nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation",
+            venue="Nature Methods 2021",
+            url="https://doi.org/10.1038/s41592-020-01008-z",
+            official_code="https://github.com/MIC-DKFZ/nnUNet",
+            official_commit="2.8.1",
+            official_licence="Apache-2.0",
+        ),
+        networks=(),
+        trainers=(
+            Trainer(
+                name="nnUNetTrainerSmallLesion",
+                network=None,
+                weights=None,
+                description="Patches drawn by lesion, every lesion in all targets of deep supervision; also in 3D",
+            ),
+            Trainer(
+                name="nnUNetTrainerSmallLesionSampling",
+                network=None,
+                weights=None,
+                description="Patches drawn by lesion only, to compare with; also in 3D",
+            ),
+            Trainer(
+                name="nnUNetTrainerSmallLesionTargets",
+                network=None,
+                weights=None,
+                description="Every lesion in all targets of deep supervision only, to compare with; also in 3D",
             ),
         ),
     ),

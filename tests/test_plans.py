@@ -11,7 +11,8 @@ from skimage.io import imsave
 
 from nnunetv2_smallseg.cli.main import main
 from nnunetv2_smallseg.errors import SmallSegError, UsageError
-from nnunetv2_smallseg.plans.configurations import num_slices, resolve, slab_configuration, training_schedule
+from nnunetv2_smallseg.plans.configurations import num_slices, resolve, slab_configuration
+from nnunetv2_smallseg.plans.switches import training_settings
 
 PLANAR = {"patch_size": [64, 96], "spacing": [1.0, 1.0], "batch_size": 4}
 
@@ -35,12 +36,23 @@ def test_spacing_tells_slabs_from_3d():
         num_slices({**PLANAR, "patch_size": [4, 64, 96]}, "2.5d")
 
 
-@pytest.mark.parametrize("training", [{"num_epoch": 5}, {"num_epochs": 0}, {"num_epochs": "5"}])
-def test_impossible_schedules_are_refused(training):
-    assert training_schedule(PLANAR, "2d") == {}
-    assert training_schedule({"training": {"num_epochs": 5}}, "2d") == {"num_epochs": 5}
-    with pytest.raises(SmallSegError, match=f"{next(iter(training))}.*num_epochs, num_iterations_per_epoch"):
-        training_schedule({**PLANAR, "training": training}, "2d")
+@pytest.mark.parametrize(
+    ("setting", "value", "allowed"),
+    [
+        ("num_epoch", 5, "num_epochs, num_iterations_per_epoch"),
+        ("num_epochs", 0, "a positive integer"),
+        ("num_epochs", "5", "a positive integer"),
+        ("num_epochs", True, "a positive integer"),
+        ("deep_supervision_targets", "lesions", "'nearest' or 'lesion'"),
+        ("deep_supervision_targets", None, "'nearest' or 'lesion'"),
+    ],
+)
+def test_impossible_training_settings_are_refused(setting, value, allowed):
+    assert training_settings(PLANAR, "2d") == {}
+    possible = {"num_epochs": 5, "deep_supervision_targets": "lesion"}
+    assert training_settings({"training": possible}, "2d") == possible
+    with pytest.raises(UsageError, match=f"'2d'.*{setting}.*{value!r}.*{allowed}"):
+        training_settings({**PLANAR, "training": {setting: value}}, "2d")
 
 
 def test_inheritance_is_resolved_as_nnunet_does():

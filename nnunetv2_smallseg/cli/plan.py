@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from nnunetv2_smallseg.plans.switches import SETTINGS
+
 __all__ = ["add_parser", "run"]
 
 
@@ -41,18 +43,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="patch in voxels, rounded up to multiples of 32 (default: chosen by nnU-Net's planner)",
     )
     parser.add_argument("-batch_size", type=positive_integer, metavar="N", help="default: chosen by nnU-Net's planner")
-    parser.add_argument(
-        "-num_epochs", type=positive_integer, metavar="N", help="epochs our trainers train (default: nnU-Net's 1000)"
-    )
-    parser.add_argument(
-        "-num_iterations", type=positive_integer, metavar="N", help="iterations of an epoch (default: nnU-Net's 250)"
-    )
-    parser.add_argument(
-        "-num_val_iterations",
-        type=positive_integer,
-        metavar="N",
-        help="validation iterations after an epoch (default: nnU-Net's 50)",
-    )
+    for name, setting in SETTINGS.items():
+        parser.add_argument(
+            setting.option,
+            dest=name,
+            type=setting.kind,
+            choices=setting.choices or None,
+            nargs="+" if setting.many else None,
+            metavar=None if setting.choices else setting.metavar,
+            help=setting.description,
+        )
     parser.set_defaults(run=run)
 
 
@@ -61,11 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     from nnunetv2_smallseg.plans.configurations import resolve
     from nnunetv2_smallseg.plans.planner import plan_dataset
 
-    training = {
-        "num_epochs": arguments.num_epochs,
-        "num_iterations_per_epoch": arguments.num_iterations,
-        "num_val_iterations_per_epoch": arguments.num_val_iterations,
-    }
+    training = {name: getattr(arguments, name) for name in SETTINGS}
     path, plans = plan_dataset(
         arguments.d,
         arguments.plans_name,

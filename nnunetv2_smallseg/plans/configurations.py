@@ -12,7 +12,6 @@ from nnunetv2_smallseg.errors import SmallSegError, UsageError
 
 __all__ = [
     "NETWORK_OPTIONS_KEY",
-    "SCHEDULE",
     "TRAINING_KEY",
     "check_num_slices",
     "is_volume",
@@ -20,14 +19,12 @@ __all__ = [
     "num_slices",
     "resolve",
     "slab_configuration",
-    "training_schedule",
 ]
 
-# Optional part of a configuration with the schedule our trainers follow; nnU-Net's own trainers ignore it.
+# Optional part of a configuration with settings of our trainers (switches.py); nnU-Net's own trainers ignore it.
 TRAINING_KEY = "training"
 # Optional part of a configuration: constructor options of our networks, by class name.
 NETWORK_OPTIONS_KEY = "network_options"
-SCHEDULE = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
 
 
 def check_num_slices(value: int) -> None:
@@ -100,25 +97,6 @@ def num_slices(configuration: Mapping, name: str) -> int:
         return 1
     check_num_slices(patch_size[0])
     return patch_size[0]
-
-
-def training_schedule(configuration: Mapping, name: str) -> dict[str, int]:
-    """The schedule a configuration asks for: some of num_epochs and the two numbers of iterations of an epoch.
-
-    Args:
-        configuration: A configuration with inheritance resolved.
-        name: Its name, for messages.
-    Raises:
-        SmallSegError: If it names something else or a value is no positive integer.
-    """
-    schedule = configuration.get(TRAINING_KEY, {})
-    for key, value in schedule.items():
-        if key not in SCHEDULE or not isinstance(value, int) or value < 1:
-            raise SmallSegError(
-                f"the configuration {name!r} has {key}: {value!r} under {TRAINING_KEY!r}, but only positive integers "
-                f"for {', '.join(SCHEDULE)} may stand there: write it with smallseg plan -num_epochs N"
-            )
-    return dict(schedule)
 
 
 def network_options(configuration: Mapping, network: str, configurable: Iterable[str]) -> dict:

@@ -22,6 +22,7 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunetv2_smallseg.errors import SmallSegError, UsageError
 from nnunetv2_smallseg.files import write_json
 from nnunetv2_smallseg.plans.configurations import TRAINING_KEY, check_num_slices, slab_configuration
+from nnunetv2_smallseg.plans.switches import check_setting
 
 __all__ = ["DEFAULT_NUM_SLICES", "DEFAULT_PLANS_NAME", "SmallSegPlanner", "plan_dataset"]
 
@@ -42,7 +43,7 @@ class SmallSegPlanner(ExperimentPlanner):
         num_slices: Slices of a slab, odd, at least 3; None plans ``2.5d`` with 3 where the images are volumes.
         patch_size: Height and width in voxels, rounded up to multiples of 32; None leaves it to nnU-Net.
         batch_size: Patches in a batch; None leaves it to nnU-Net.
-        training: Schedule for our trainers: num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch.
+        training: Schedule and switches for our trainers (``SETTINGS`` of ``plans/switches.py``).
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class SmallSegPlanner(ExperimentPlanner):
         num_slices: int | None = None,
         patch_size: Sequence[int] | None = None,
         batch_size: int | None = None,
-        training: Mapping[str, int] | None = None,
+        training: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(dataset, plans_name=plans_name)
         self.num_slices = num_slices
@@ -111,7 +112,7 @@ def plan_dataset(
     num_slices: int | None = None,
     patch_size: Sequence[int] | None = None,
     batch_size: int | None = None,
-    training: Mapping[str, int] | None = None,
+    training: Mapping[str, object] | None = None,
 ) -> tuple[Path, dict]:
     """Plans a data set; see ``SmallSegPlanner`` for the arguments.
 
@@ -123,6 +124,8 @@ def plan_dataset(
     """
     if num_slices is not None:
         check_num_slices(num_slices)
+    for setting, value in (training or {}).items():
+        check_setting(setting, value, "the call")
     for variable in (paths.nnUNet_raw, paths.nnUNet_preprocessed):
         if not variable.is_set():
             raise SmallSegError(

@@ -19,6 +19,11 @@ from nnunetv2_smallseg.trainers.s3_mamba import (
     nnUNetTrainerS3MambaPretrained,
     nnUNetTrainerS3MambaSmall,
 )
+from nnunetv2_smallseg.trainers.small_lesion import (
+    nnUNetTrainerSmallLesion,
+    nnUNetTrainerSmallLesionSampling,
+    nnUNetTrainerSmallLesionTargets,
+)
 from nnunetv2_smallseg.trainers.sts_net import (
     nnUNetTrainerSTSNet,
     nnUNetTrainerSTSNetNoAmplification,
@@ -54,6 +59,9 @@ __all__ = [
     "nnUNetTrainerSTSNet",
     "nnUNetTrainerSTSNetNoAmplification",
     "nnUNetTrainerSTSNetPretrained",
+    "nnUNetTrainerSmallLesion",
+    "nnUNetTrainerSmallLesionSampling",
+    "nnUNetTrainerSmallLesionTargets",
     "nnUNetTrainerSvANet",
     "nnUNetTrainerSvANetScratch",
     "nnUNetTrainerSwinUMamba",

@@ -19,7 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunetv2_smallseg.architectures.slab import SlabNetwork
 from nnunetv2_smallseg.augmentation.in_plane import blur_in_plane
 from nnunetv2_smallseg.errors import CommandStopped, SmallSegError
-from nnunetv2_smallseg.plans.configurations import is_volume, num_slices, resolve, training_schedule
+from nnunetv2_smallseg.plans.configurations import is_volume, num_slices, resolve
+from nnunetv2_smallseg.plans.switches import SWITCHES, check_setting, training_settings
+from nnunetv2_smallseg.trainers.lesion_targets import LesionTargets
 
 __all__ = ["SlabTrainer", "stop_on_user_error"]
 
@@ -42,10 +44,11 @@ def tolerate_unused_parameters(wrapped: DistributedDataParallel) -> DistributedD
     return DistributedDataParallel(wrapped.module, device_ids=wrapped.device_ids, find_unused_parameters=True)
 
 
-class SlabTrainer(nnUNetTrainer):
+class SlabTrainer(LesionTargets, nnUNetTrainer):
     """nnU-Net's own network and recipe, on slices (``2d``) and on slabs of slices (``2.5d``).
 
     The schedule (epochs and iterations) is nnU-Net's unless the plans say otherwise (``smallseg plan -num_epochs``).
+    The switches (``plans/switches.py``) are class attributes, here as nnU-Net does it, that the plans may set, too.
 
     Attributes:
         accepts_volumes: Whether nnU-Net's 3D configurations are accepted, too.
@@ -67,9 +70,11 @@ class SlabTrainer(nnUNetTrainer):
             resolved = resolve(plans, configuration)
             volume = self.accepts_volumes and is_volume(resolved)
             self.num_slices = None if volume else num_slices(resolved, configuration)
-            schedule = training_schedule(resolved, configuration)
+            settings = training_settings(resolved, configuration)
+            for name in SWITCHES:
+                check_setting(name, getattr(self, name), f"the trainer {type(self).__name__}")
         super().__init__(plans, configuration, fold, dataset_json, device)
-        for name, value in schedule.items():
+        for name, value in settings.items():
             setattr(self, name, value)
 
     @staticmethod
@@ -105,6 +110,12 @@ class SlabTrainer(nnUNetTrainer):
         if isinstance(network, DistributedDataParallel):
             network = network.module
         return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+    def on_train_start(self) -> None:
+        """Writes the switches to the log, and prepares the training."""
+        values = ", ".join(f"{name} = {getattr(self, name)}" for name in SWITCHES)
+        self.print_to_log_file(f"Switches of {type(self).__name__}: {values}")
+        super().on_train_start()
 
     def initialize(self) -> None:
         """Builds network, optimizer and loss."""

@@ -1,0 +1,104 @@
+"""What the part ``training`` of a configuration may hold: the schedule, and the switches of our trainers.
+
+Each is an attribute of the trainers; this table says which values it may have, once for plans, command line, trainers
+and documentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from nnunetv2_smallseg.errors import UsageError
+from nnunetv2_smallseg.plans.configurations import TRAINING_KEY
+
+__all__ = ["SCHEDULE", "SETTINGS", "SWITCHES", "Setting", "check_setting", "training_settings"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An attribute of our trainers that the plans may set.
+
+    Attributes:
+        option: Option of ``smallseg plan``.
+        description: One line.
+        allowed: The values, in words.
+        is_allowed: Whether a value is one of them.
+        choices: The values, if they are names.
+        kind: Type of a value on the command line.
+        metavar: What stands for a value in the help.
+        many: Whether the command line takes several, as a list.
+    """
+
+    option: str
+    description: str
+    allowed: str
+    is_allowed: Callable[[object], bool]
+    choices: tuple[str, ...] = ()
+    kind: type = str
+    metavar: str = "N"
+    many: bool = False
+
+
+def _number(option: str, description: str) -> Setting:
+    """A positive integer."""
+    return Setting(option, description, "a positive integer", _is_positive_integer, kind=int)
+
+
+def _is_positive_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _one_of(option: str, description: str, *choices: str) -> Setting:
+    """A name."""
+    allowed = " or ".join(repr(choice) for choice in choices)
+    return Setting(option, description, allowed, lambda value: value in choices, choices=choices)
+
+
+SCHEDULE: Mapping[str, Setting] = {
+    "num_epochs": _number("-num_epochs", "epochs our trainers train (nnU-Net: 1000)"),
+    "num_iterations_per_epoch": _number("-num_iterations", "iterations of an epoch (nnU-Net: 250)"),
+    "num_val_iterations_per_epoch": _number(
+        "-num_val_iterations", "validation iterations after an epoch (nnU-Net: 50)"
+    ),
+}
+
+SWITCHES: Mapping[str, Setting] = {
+    "deep_supervision_targets": _one_of(
+        "-deep_supervision_targets",
+        "targets of the lower resolutions: nnU-Net's nearest voxel, or a cell for every lesion",
+        "nearest",
+        "lesion",
+    ),
+}
+
+SETTINGS: Mapping[str, Setting] = {**SCHEDULE, **SWITCHES}
+
+
+def check_setting(name: str, value: object, place: str) -> None:
+    """Raises ``UsageError`` unless there is such a setting and it may have this value; ``place`` is where it stands."""
+    if name not in SETTINGS:
+        raise UsageError(
+            f"{place} has {name}: {value!r} under {TRAINING_KEY!r}, but only these may stand there: "
+            f"{', '.join(SETTINGS)}; smallseg plan --help says what they are"
+        )
+    setting = SETTINGS[name]
+    if not setting.is_allowed(value):
+        raise UsageError(f"{place} has {name}: {value!r}, but it must be {setting.allowed}")
+
+
+def training_settings(configuration: Mapping, name: str) -> dict[str, object]:
+    """The schedule and the switches that a configuration asks for.
+
+    Args:
+        configuration: A configuration with inheritance resolved.
+        name: Its name, for messages.
+    Returns:
+        Values by name of the trainers' attribute.
+    Raises:
+        UsageError: If it names something else, or a value is not allowed.
+    """
+    settings = configuration.get(TRAINING_KEY, {})
+    for setting, value in settings.items():
+        check_setting(setting, value, f"the configuration {name!r} of the plans")
+    return dict(settings)
