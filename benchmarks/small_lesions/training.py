@@ -23,6 +23,13 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def _tensors(outputs: object) -> list[torch.Tensor]:
+    """All tensors of nested lists and tuples."""
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    return [tensor for part in outputs for tensor in _tensors(part)] if isinstance(outputs, list | tuple) else []
+
+
 class BudgetedTraining:
     """Goes before a trainer of nnU-Net: one training from a seed that ends when its budget is used up.
 
@@ -72,8 +79,7 @@ class BudgetedTraining:
         """One pass forth and back that changes nothing, so that kernels compiled on first use are not timed."""
         self.network.eval()
         patch = torch.zeros(2, self.num_input_channels, *self.configuration_manager.patch_size, device=self.device)
-        outputs = self.network(patch)
-        sum(output.sum() for output in (outputs if isinstance(outputs, list | tuple) else [outputs])).backward()
+        sum(output.sum() for output in _tensors(self.network(patch))).backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     def run_training(self) -> None:
