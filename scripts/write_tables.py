@@ -9,12 +9,14 @@ import argparse
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
-from nnunetv2_smallseg import registry
-from nnunetv2_smallseg.datasets import registry as converters
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks.small_lesions import report as study  # noqa: E402 - benchmarks is no installed package
+from nnunetv2_smallseg import registry  # noqa: E402
+from nnunetv2_smallseg.datasets import registry as converters  # noqa: E402
 
 
 def measured_sizes() -> dict:
@@ -177,11 +179,23 @@ def conversion_speed_table() -> str:
     return "\n".join(lines)
 
 
+def study_overview() -> str:
+    """What each strategy does for the smallest lesions."""
+    return study.overview(study.read_results())
+
+
+def study_table(name: str) -> str:
+    """All numbers of the study on a data set."""
+    return study.data_tables(study.read_results(), name)
+
+
 TABLES = (
     ("README.md", "trainers", trainers_table),
     ("docs/networks.md", "networks", networks_table),
     ("docs/networks.md", "published sizes", published_sizes_table),
     ("docs/curriculum.md", "curriculum study", curriculum_table),
+    ("docs/results.md", "what helps", study_overview),
+    *(("docs/results.md", f"study, {name}", partial(study_table, name)) for name in study.NAMES),
     ("docs/first_runs.md", "first runs", first_runs_tables),
     ("docs/datasets.md", "converters", converters_table),
     ("docs/datasets.md", "conversion speed", conversion_speed_table),

@@ -84,6 +84,7 @@ def draw_case(
     *,
     shape: tuple[int, int, int] = (22, 96, 96),
     spacing: tuple[float, float, float] = (2.5, 1.0, 1.0),
+    noise_hu: float = NOISE_HU,
 ) -> Case:
     """Draws one patient.
 
@@ -92,6 +93,7 @@ def draw_case(
         diameters_mm: Diameter of each lesion in mm; empty for a patient without any.
         shape: Voxels (Z, Y, X).
         spacing: Voxel size (z, y, x) in mm.
+        noise_hu: Standard deviation of the noise of each voxel.
     Raises:
         ValueError: If the lesions do not fit into the body.
     """
@@ -114,7 +116,7 @@ def draw_case(
         share = _lesion_share(lesion, box, voxel)
         image[box] += share * (LESION_HU - BODY_HU) * generator.uniform(0.85, 1.15)
         labels[box][share >= 0.5] = 1
-    image += NOISE_HU * generator.standard_normal(shape)
+    image += noise_hu * generator.standard_normal(shape)
     return Case(np.rint(image).astype(np.int16), labels, tuple(lesions))
 
 
@@ -196,6 +198,7 @@ def write_phantom(
     num_held_back: int = 4,
     shape: tuple[int, int, int] = (22, 96, 96),
     spacing: tuple[float, float, float] = (2.5, 1.0, 1.0),
+    noise_hu: float = NOISE_HU,
 ) -> Path:
     """Writes the phantom as an nnU-Net raw data set.
 
@@ -211,6 +214,7 @@ def write_phantom(
         num_held_back: Cases in ``imagesTs``, at least 2.
         shape: Voxels (Z, Y, X).
         spacing: Voxel size (z, y, x) in mm.
+        noise_hu: Standard deviation of the noise of each voxel; more of it hides small lesions.
     Returns:
         ``folder``.
     Raises:
@@ -238,7 +242,8 @@ def write_phantom(
         count = 0 if index in without_lesion else LESIONS_PER_CASE
         diameters = tuple(LESION_DIAMETERS_MM[(dealt + k) % len(LESION_DIAMETERS_MM)] for k in range(count))
         dealt += count
-        case = draw_case(np.random.default_rng([seed, index]), diameters, shape=shape, spacing=spacing)
+        generator = np.random.default_rng([seed, index])
+        case = draw_case(generator, diameters, shape=shape, spacing=spacing, noise_hu=noise_hu)
         subset = "Tr" if index < num_training else "Ts"
         _write_volume(case.image, spacing, partial / f"images{subset}" / f"{name}_0000.nii.gz")
         _write_volume(case.labels, spacing, partial / f"labels{subset}" / f"{name}.nii.gz")

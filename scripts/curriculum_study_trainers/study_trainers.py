@@ -1,19 +1,11 @@
 """The two trainers of ``scripts/curriculum_study.py``: the curriculum, and the same class with all weights 1."""
 
 import os
-import random
 
-import numpy as np
 import torch
 
+from benchmarks.small_lesions.training import seed_everything
 from nnunetv2_smallseg.trainers.curriculum import nnUNetTrainerCurriculum
-
-
-def seed_everything(seed: int) -> None:
-    """Seeds every generator that nnU-Net draws from in this process."""
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - what nnU-Net's data loader draws from
-    torch.manual_seed(seed)
 
 
 class nnUNetTrainerStudyCurriculum(nnUNetTrainerCurriculum):

@@ -1,0 +1,1 @@
+"""Study of what helps small lesions; see ``docs/results.md``."""
