@@ -22,7 +22,7 @@ class Arm:
         name: Short name, also that of its folder.
         title: What it is, in a few words.
         trainer: Trainer of ``nnunetv2_smallseg.trainers``; None for ``SlabTrainer``, nnU-Net's own recipe.
-        attributes: Class attributes of the trainer that this arm sets.
+        attributes: Switches of the trainers, class attributes of ``SlabTrainer``, that this arm sets.
         network: Network of the registry; None for nnU-Net's own of the plans.
     """
 
@@ -39,7 +39,12 @@ _STRATEGIES = (
     Arm("lesion_sampling", "Patches drawn by lesion, all alike", attributes={"lesion_sampling": "lesion"}),
     Arm("size_bin_sampling", "Patches drawn by size bin, then lesion", attributes={"lesion_sampling": "size_bin"}),
     Arm("lesion_targets", "Lesion-preserving deep supervision", attributes={"deep_supervision_targets": "lesion"}),
-    Arm("small_lesion", "nnUNetTrainerSmallLesion: sampling and targets", "nnUNetTrainerSmallLesion"),
+    Arm(
+        "small_lesion",
+        "nnUNetTrainerSmallLesion: sampling and targets",
+        "nnUNetTrainerSmallLesion",
+        {"lesion_sampling": "lesion", "deep_supervision_targets": "lesion"},
+    ),
     Arm("amplification", "Slices with small lesions amplified", "nnUNetTrainerAmplification"),
     Arm("curriculum", "Regularised curriculum", "nnUNetTrainerCurriculum"),
 )
@@ -71,10 +76,11 @@ def base_trainer(arm: Arm) -> type[SlabTrainer] | None:
 def missing(arm: Arm) -> str | None:
     """Why this version of the package cannot train an arm; None if it can.
 
-    An attribute that the trainer does not have would be set without effect, and the arm would be a second ``stock``.
+    A switch that ``SlabTrainer`` does not have would be set without effect, and the arm would be a second ``stock``.
     """
-    base = base_trainer(arm)
-    if base is None:
+    from nnunetv2_smallseg.trainers.slabs import SlabTrainer
+
+    if base_trainer(arm) is None:
         return f"there is no trainer {arm.trainer}"
-    unknown = [name for name in arm.attributes if not hasattr(base, name)]
-    return f"{base.__name__} has no attribute {', '.join(unknown)}" if unknown else None
+    unknown = [name for name in arm.attributes if not hasattr(SlabTrainer, name)]
+    return f"trainers have no switch {', '.join(unknown)}" if unknown else None
