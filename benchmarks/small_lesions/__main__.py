@@ -75,7 +75,8 @@ def run(options: argparse.Namespace) -> int:
     chosen = [name for entry in options.arms for name in GROUPS.get(entry, [entry])]
     arms = []
     for name in dict.fromkeys(chosen):
-        reason = missing(ARMS[name])
+        twin = None if options.full else ARMS[name].small_twin
+        reason = f"with small networks it is {twin}" if twin is not None else missing(ARMS[name])
         if reason is None:
             arms.append(name)
         else:

@@ -24,6 +24,7 @@ class Arm:
         trainer: Trainer of ``nnunetv2_smallseg.trainers``; None for ``SlabTrainer``, nnU-Net's own recipe.
         attributes: Switches of the trainers, class attributes of ``SlabTrainer``, that this arm sets.
         network: Network of the registry; None for nnU-Net's own of the plans.
+        small_twin: Arm that is the same with small networks, and is then trained instead.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Arm:
     trainer: str | None = None
     attributes: Mapping[str, object] = field(default_factory=dict)
     network: str | None = None
+    small_twin: str | None = None
 
 
 STOCK = "stock"
@@ -50,6 +52,10 @@ _STRATEGIES = (
 )
 
 
+# Networks that differ by their width only, which the small options set.
+_SMALL_TWINS = {"S3MambaSmall": "S3Mamba"}
+
+
 def _network_arms() -> list[Arm]:
     """The first trainer without weight file of every network."""
     arms = []
@@ -58,7 +64,8 @@ def _network_arms() -> list[Arm]:
             (entry for entry in registry.trainers().values() if entry.network == name and entry.weights is None), None
         )
         if trainer is not None:
-            arms.append(Arm(name, network.description, trainer.name, network=name))
+            twin = _SMALL_TWINS.get(name)
+            arms.append(Arm(name, network.description, trainer.name, network=name, small_twin=twin))
     return arms
 
 
