@@ -64,6 +64,21 @@ SCHEDULE: Mapping[str, Setting] = {
 }
 
 SWITCHES: Mapping[str, Setting] = {
+    "lesion_sampling": _one_of(
+        "-lesion_sampling",
+        "what foreground patches show: a voxel as nnU-Net draws it, a lesion, or a lesion of a size",
+        "voxel",
+        "lesion",
+        "size_bin",
+    ),
+    "lesion_jitter": Setting(
+        "-lesion_jitter",
+        "how far from the middle of the patch a drawn lesion may lie",
+        "a number from 0 (in the middle of the patch) to 1 (anywhere in it)",
+        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1,
+        kind=float,
+        metavar="SHARE",
+    ),
     "deep_supervision_targets": _one_of(
         "-deep_supervision_targets",
         "targets of the lower resolutions: nnU-Net's nearest voxel, or a cell for every lesion",
