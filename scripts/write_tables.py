@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.small_lesions import report as study  # noqa: E402 - benchmarks is no installed package
 from nnunetv2_smallseg import registry  # noqa: E402
 from nnunetv2_smallseg.datasets import registry as converters  # noqa: E402
+from nnunetv2_smallseg.plans.switches import SETTINGS  # noqa: E402
 
 
 def measured_sizes() -> dict:
@@ -189,6 +190,69 @@ def study_table(name: str) -> str:
     return study.data_tables(study.read_results(), name)
 
 
+def switches_table() -> str:
+    """What the plans may say about the training."""
+    lines = ["| option of `smallseg plan` | in the plans | values | meaning |", "|---|---|---|---|"]
+    for name, setting in SETTINGS.items():
+        allowed = re.sub(r"'(\w+)'", r"`\1`", setting.allowed)
+        lines.append(f"| `{setting.option}` | `{name}` | {allowed} | {setting.description} |")
+    return "\n".join(lines)
+
+
+TARGETS = {"nearest": "nnU-Net", "lesion": "`lesion`", "foreground": "`foreground`"}
+
+
+def measured_targets() -> dict:
+    """What deep-supervision targets keep, and what they cost."""
+    return json.loads((ROOT / "benchmarks" / "results" / "deep_supervision_targets.json").read_text())
+
+
+def lost_lesions_table() -> str:
+    """Share of small balls lost at each level, by diameter."""
+    results = measured_targets()
+    rows = {(row["axes"], row["diameter"], row["targets"], row["factor"]): row["lost"] for row in results["survival"]}
+    factors = sorted({row["factor"] for row in results["survival"]})
+    heads = [f"{title}, 1/{factor}" for title in TARGETS.values() for factor in factors]
+    lines = [f"| axes | diameter, voxels | {' | '.join(heads)} |", "|" + "---|" * (2 + len(heads))]
+    for axes, diameter in dict.fromkeys((row["axes"], row["diameter"]) for row in results["survival"]):
+        shares = [rows[axes, diameter, name, factor] for name in TARGETS for factor in factors]
+        lines.append(f"| {axes} | {diameter} | {' | '.join(f'{100 * share:.1f} %' for share in shares)} |")
+    settings = results["settings"]
+    lines += ["", f"{settings['positions']} random positions for each diameter, seed {settings['seed']}."]
+    return "\n".join(lines)
+
+
+def large_structures_table() -> str:
+    """Dice of the targets of large balls with exact area averages."""
+    results = measured_targets()
+    entries = results["large_structures"]
+    rows = {(row["axes"], row["diameter"], row["factor"], row["targets"]): row for row in entries}
+    heads = [f"{kind}, {title}" for kind in ("Dice", "soft Dice") for title in TARGETS.values()]
+    lines = [f"| axes | diameter, voxels | level | {' | '.join(heads)} |", "|" + "---|" * (3 + len(heads))]
+    for key in dict.fromkeys((row["axes"], row["diameter"], row["factor"]) for row in entries):
+        values = [rows[(*key, name)][kind] for kind in ("dice", "soft_dice") for name in TARGETS]
+        lines.append(f"| {key[0]} | {key[1]} | 1/{key[2]} | {' | '.join(f'{value:.3f}' for value in values)} |")
+    settings = results["settings"]
+    lines += ["", f"Means of {settings['large_positions']} random positions, seed {settings['seed']}."]
+    return "\n".join(lines)
+
+
+def target_times_table() -> str:
+    """Processor time of making all targets of a patch."""
+    results = measured_targets()
+    lines = [
+        f"| patch | levels | {' | '.join(TARGETS.values())} | nnU-Net's other augmentation |",
+        "|" + "---|" * (3 + len(TARGETS)),
+    ]
+    for row in results["times"]:
+        times = " | ".join(f"{row['times'][name]['median_cpu_ms']:.1f} ms" for name in TARGETS)
+        lines.append(f"| {row['patch']} | {row['levels']} | {times} | {row['augmentation_ms']:.0f} ms |")
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines += ["", f"Processor time on one thread of {machine['processor']}, which also did other work; {versions}."]
+    return "\n".join(lines)
+
+
 TABLES = (
     ("README.md", "trainers", trainers_table),
     ("docs/networks.md", "networks", networks_table),
@@ -197,6 +261,10 @@ TABLES = (
     ("docs/results.md", "what helps", study_overview),
     *(("docs/results.md", f"study, {name}", partial(study_table, name)) for name in study.NAMES),
     ("docs/first_runs.md", "first runs", first_runs_tables),
+    ("docs/planning.md", "switches", switches_table),
+    ("docs/targets.md", "lost lesions", lost_lesions_table),
+    ("docs/targets.md", "large structures", large_structures_table),
+    ("docs/targets.md", "times of targets", target_times_table),
     ("docs/datasets.md", "converters", converters_table),
     ("docs/datasets.md", "conversion speed", conversion_speed_table),
 )

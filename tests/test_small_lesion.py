@@ -35,7 +35,6 @@ LABELS = {
 def all_plans(workspace) -> dict:
     """nnU-Net's plans with 2d, 2.5d, 3d_fullres, 3d_lowres and a cascade, for small patches and a narrow network."""
     plans = copy.deepcopy(workspace.plans("nnUNetPlans"))
-    plans["continue_training"] = False
     add_configurations(plans)
     return plans
 
@@ -53,7 +52,7 @@ def add_configurations(plans: dict) -> None:
 
 def make(workspace, name: str, configuration: str, plans: dict | None = None, **dataset_changes):
     dataset_json = {**workspace.dataset_json(), **dataset_changes}
-    plans = plans or all_plans(workspace)
+    plans = {**copy.deepcopy(plans or all_plans(workspace)), "continue_training": False}
     return getattr(trainers, name)(plans, configuration, 0, dataset_json, torch.device("cpu"))
 
 
@@ -75,31 +74,32 @@ def test_pipelines_make_targets_with_all_lesions(configuration, kind, nnunet_fol
     order = {"regions_class_order": [1, 2]} if "regions" in options else {}
     trainer = make(nnunet_folders, "nnUNetTrainerSmallLesionTargets", configuration, labels=labels, **order)
     trainer.initialize()
-    if trainer.is_cascaded:
-        give_earlier_stage(trainer)
     scales = trainer._get_deep_supervision_scales()
-    shape = (1 + trainer.is_cascaded, *trainer.configuration_manager.patch_size)
-    segmentation = torch.zeros(shape, dtype=torch.int16)
-    segmentation[..., 1, 1:3] = 2
+    patch_size = trainer.configuration_manager.patch_size
+    manager = trainer.label_manager
+    common = {
+        "is_cascaded": trainer.is_cascaded,
+        "foreground_labels": manager.foreground_labels,
+        "regions": manager.foreground_regions if manager.has_regions else None,
+        "ignore_label": manager.ignore_label,
+    }
+    rotation, dummy_2d, _, axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    training = trainer.get_training_transforms(patch_size, rotation, scales, axes, dummy_2d, **common)
+    validation = trainer.get_validation_transforms(scales, **common)
+    segmentation = torch.zeros((1 + trainer.is_cascaded, *patch_size), dtype=torch.int16)
     segmentation[..., 20:50, 20:50] = 1
-    segmentation[..., 60, 60] = -1
-    if trainer.label_manager.has_ignore_label:
+    segmentation[..., 31, 31:33] = 2
+    segmentation[..., 60, 60] = -1  # outside of the image
+    if manager.has_ignore_label:
         segmentation[0, ..., :30, 40:] = 3
-    training, validation = trainer.get_dataloaders()
-    for loader in (training, validation):
-        size = loader.data_loader.patch_size if configuration != "2d" else loader.data_loader.patch_size[1:]
-        patch = torch.zeros((len(segmentation), *map(int, size)), dtype=torch.int16)
-        inside = tuple(slice((big - small) // 2, (big - small) // 2 + small)
-                       for big, small in zip(patch.shape[1:], shape[1:], strict=True))  # fmt: skip
-        patch[(slice(None), *inside)] = segmentation
+    for transforms in (training, validation):
         torch.manual_seed(0)
-        transforms = loader.data_loader.transforms
-        given = transforms(image=torch.randn(1, *patch.shape[1:]), segmentation=patch)["segmentation"]
+        given = transforms(image=torch.randn(1, *patch_size), segmentation=segmentation.clone())["segmentation"]
         assert len(given) == len(scales)
-        expected = downsample_labels(given[0], scales, **options)
+        ours = downsample_labels(given[0], scales, **options)
         stock = DownsampleSegForDSTransform(scales)(segmentation=given[0])["segmentation"]
-        for target, ours, nearest in zip(given, expected, stock, strict=True):
-            assert torch.equal(target, ours)
+        for target, expected, nearest in zip(given, ours, stock, strict=True):
+            assert torch.equal(target, expected)
             assert (target.shape, target.dtype) == (nearest.shape, nearest.dtype)
         assert any(not torch.equal(target, nearest) for target, nearest in zip(given, stock, strict=True))
 
@@ -132,7 +132,6 @@ def test_both_strategies_on_residual_encoder_plans(nnunet_folders, tmp_path, mon
         planning.setenv("nnUNet_preprocessed", str(preprocessed.parent))
         planning.setenv("nnUNet_n_proc_DA", "1")
         plans = nnUNetPlannerResEncM(nnunet_folders.number).plan_experiment()
-    plans["continue_training"] = False
     add_configurations(plans)
     for configuration in ("2d", "2.5d", "3d_fullres"):
         trainer = make(nnunet_folders, "nnUNetTrainerSmallLesion", configuration, plans)
