@@ -8,10 +8,7 @@ them as a user does.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
-import sys
-from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import pytest
@@ -35,28 +32,6 @@ def write_short_plans(workspace, num_epochs: int) -> None:
         training={"num_epochs": num_epochs, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1},
     )
     (workspace.preprocessed / f"{PLANS_NAME}.json").write_text(json.dumps(plans))
-
-
-class Threads:
-    """Stands for a context of ``multiprocessing``."""
-
-    Pool = ThreadPool
-
-
-@pytest.fixture
-def command(monkeypatch):
-    """Calls the function behind a command with arguments; threads are left as they were."""
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: Threads)
-
-    def call(entry_point, *arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", [entry_point.__name__, *map(str, arguments)])
-        try:
-            entry_point()
-        finally:
-            torch.set_num_threads(threads)
-
-    return call
 
 
 @pytest.mark.parametrize("configuration", ["2d", "2.5d"])
