@@ -88,13 +88,23 @@ def write_raw(dataset: FeatureDataset, raw: Path) -> Path:
     for case in range(NUM_CASES):
         images, labels = draw(dataset, case)
         for channel, image in enumerate(images):
-            sitk.WriteImage(sitk.GetImageFromArray(image), str(folder / "imagesTr" / f"case_{case}_{channel:04d}.nii.gz"))
+            sitk.WriteImage(
+                sitk.GetImageFromArray(image), str(folder / "imagesTr" / f"case_{case}_{channel:04d}.nii.gz")
+            )
         sitk.WriteImage(sitk.GetImageFromArray(labels), str(folder / "labelsTr" / f"case_{case}.nii.gz"))
     description = {
         "channel_names": {str(channel): "MR" for channel in range(dataset.channels)},
         "labels": dataset.labels,
         "numTraining": NUM_CASES,
         "file_ending": ".nii.gz",
+        # Named one by one: nnU-Net starts twelve processes to look for them.
+        "dataset": {
+            f"case_{case}": {
+                "images": [f"imagesTr/case_{case}_{channel:04d}.nii.gz" for channel in range(dataset.channels)],
+                "label": f"labelsTr/case_{case}.nii.gz",
+            }
+            for case in range(NUM_CASES)
+        },
         **dataset.extra,
     }
     (folder / "dataset.json").write_text(json.dumps(description))
@@ -110,6 +120,6 @@ def prepare(dataset: FeatureDataset, folder: Path) -> None:
     plan_dataset(dataset.number, patch_size=PATCH_SIZE, batch_size=2, training=SCHEDULE)
     preprocess([dataset.number], DEFAULT_PLANS_NAME, ["2d"], num_processes=[1])
     names = [f"case_{case}" for case in range(NUM_CASES)]
-    split = {"train": [names[case] for case in TRAINING_CASES], "val": [names[VALIDATION_CASE]]}
-    (folder / "preprocessed" / dataset.name / "splits_final.json").write_text(json.dumps([split]))
-
+    # Fold 0 validates the last case, as the data sets expect it; the others follow.
+    splits = [{"train": [name for name in names if name != held], "val": [held]} for held in reversed(names[1:])]
+    (folder / "preprocessed" / dataset.name / "splits_final.json").write_text(json.dumps(splits))

@@ -7,9 +7,9 @@ what it found into ``docs/compatibility.md``.
 
 from __future__ import annotations
 
-import copy
 import json
 import multiprocessing
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,11 @@ import pytest
 import torch
 from conftest import ROOT, Threads, small_networks
 from feature_datasets import DATASETS, PATCH_SIZE
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.ensembling.ensemble import entry_point_ensemble_folders
+from nnunetv2.evaluation.find_best_configuration import find_best_configuration_entry_point
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor, predict_entry_point
+from nnunetv2.model_sharing.entry_points import export_pretrained_model_entry, install_from_zip_entry_point
+from nnunetv2.run.run_training import run_training_entry
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnunetv2_smallseg import registry, trainers
@@ -145,6 +149,7 @@ def predictor_of(trainer, network: torch.nn.Module | None = None) -> nnUNetPredi
 
 @pytest.mark.parametrize(("name", "configuration", "feature"), cells())
 def test_trainer_with_feature(name, configuration, feature, feature_workspace, tmp_path, monkeypatch, record_property):
+    record_property("cell", json.dumps([name, configuration, feature]))
     wanted = FEATURES[feature]
     preprocessed = feature_workspace(wanted.data)
     plans = plans_for(preprocessed, wanted)
@@ -194,3 +199,71 @@ class WeightsReplaced:
 def test_every_feature_is_tested_by_default_in_both_configurations():
     quick = {cell.values[1:] for cell in cells() if not cell.marks}
     assert quick == {(configuration, feature) for configuration in CONFIGURATIONS for feature in FEATURES}
+
+
+SHARED_PLANS = "nnUNetSharedPlans"
+
+
+def chains() -> list:
+    """All trainers with all folds; one trainer with two folds without the mark ``slow``."""
+    everything = [pytest.param(name, range(5), marks=pytest.mark.slow) for name in registry.trainers()]
+    return [pytest.param("nnUNetTrainerMambaAHNet", range(2)), *everything]
+
+
+@pytest.mark.parametrize(("name", "folds"), chains())
+def test_folds_ensembles_and_shared_models(
+    name, folds, feature_workspace, command, monkeypatch, tmp_path, record_property
+):
+    """What follows trainings: the best configuration, ensembles, models as zip files, weights for other trainings."""
+    record_property("commands", json.dumps([name, len(folds)]))
+    preprocessed = feature_workspace("labels")
+    dataset = DATASETS["labels"]
+    plans = {**plans_for(preprocessed, Feature()), "plans_name": SHARED_PLANS}
+    (preprocessed / f"{SHARED_PLANS}.json").write_text(json.dumps(plans))
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    monkeypatch.setattr(base, "load_pretrained", lambda *arguments, **options: WeightsReplaced)
+    results, which = tmp_path / "results" / dataset.name, ("-tr", name, "-p", SHARED_PLANS)
+
+    def train(configuration: str, fold: object, *options: object) -> None:
+        command(run_training_entry, dataset.number, configuration, fold, *which, "-device", "cpu", *options)
+
+    for configuration in CONFIGURATIONS:
+        for fold in folds:
+            train(configuration, fold, "--npz")
+    train("2d", "all")
+    command(find_best_configuration_entry_point, dataset.number, *which, "-c", *CONFIGURATIONS, "-np", 1, "-f", *folds)
+    assert (results / "inference_instructions.txt").is_file()
+    assert list((results / "ensembles").iterdir())
+
+    model = results / f"{name}__{SHARED_PLANS}__2d"
+    summary = model / "fold_0" / "validation" / "summary.json"
+    for choice in ((), ("--val_best",)):
+        summary.unlink()
+        train("2d", 0, "--val", *choice)
+        assert summary.is_file()
+
+    def predict(output: str, configuration: str, *chosen: object) -> np.ndarray:
+        command(predict_entry_point, "-d", dataset.number, "-i", tmp_path / "input", "-o", tmp_path / output, "-c",
+                configuration, *which, "-f", *chosen, "-device", "cpu", "-npp", 0, "-nps", 0, "--disable_tta",
+                "--save_probabilities")  # fmt: skip
+        [probabilities] = (tmp_path / output).glob("*.npz")
+        return np.load(probabilities)["probabilities"]
+
+    (tmp_path / "input").mkdir()
+    shutil.copy(preprocessed.parents[1] / "raw" / dataset.name / "imagesTr" / "case_0_0000.nii.gz", tmp_path / "input")
+    planar, slab = (predict(configuration, configuration, *folds) for configuration in CONFIGURATIONS)
+    assert np.isfinite(predict("all", "2d", "all")).all()
+    command(entry_point_ensemble_folders, "-i", tmp_path / "2d", tmp_path / "2.5d", "-o", tmp_path / "both",
+            "-np", 1, "--save_npz")  # fmt: skip
+    [ensemble] = (tmp_path / "both").glob("*.npz")
+    np.testing.assert_allclose(np.load(ensemble)["probabilities"], (planar + slab) / 2, atol=1e-3)
+
+    command(export_pretrained_model_entry, "-d", dataset.number, "-o", tmp_path / "model.zip", "-c", "2d", *which,
+            "-f", *folds)  # fmt: skip
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "elsewhere"))
+    command(install_from_zip_entry_point, tmp_path / "model.zip")
+    np.testing.assert_array_equal(predict("installed", "2d", *folds), planar)
+
+    slab_model = f"{name}__{SHARED_PLANS}__2.5d/fold_0/checkpoint_final.pth"
+    train("2.5d", 0, "-pretrained_weights", results / slab_model)
+    assert (tmp_path / "elsewhere" / dataset.name / slab_model).is_file()
