@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import io
+import json
 import os
 import re
 import shutil
@@ -106,6 +107,25 @@ def check_nnunet() -> list[Row]:
         return [Row("nnunetv2", FAILURE, f"{version}, but this package works with 2.8.1 or newer 2.x", install)]
     importlib.import_module("nnunetv2.training.nnUNetTrainer.nnUNetTrainer")
     return [Row("nnunetv2", OK, version)]
+
+
+def check_tested_versions() -> list[Row]:
+    """Whether the versions here lie within those the tests of this package were run with."""
+    tested = json.loads(Path(__file__).with_name("tested_versions.json").read_text(encoding="utf-8"))
+    rows = []
+    for package in ("nnunetv2", "torch"):
+        check = f"{package} tested"
+        here = importlib.metadata.version(package)
+        lowest, newest = (tested[end][package] for end in ("lowest", "newest"))
+        span = lowest if lowest == newest else f"{lowest} to {newest}"
+        if not version_numbers(lowest) <= version_numbers(here) <= version_numbers(newest):
+            next_step = "watch the first training, and report what breaks with your versions"
+            rows.append(Row(check, INFO, f"the tests were run with {span}, here is {here}", next_step))
+        elif version_numbers(here) in (version_numbers(lowest), version_numbers(newest)):
+            rows.append(Row(check, OK, f"the tests were run with {here}"))
+        else:
+            rows.append(Row(check, OK, f"{here} lies between {lowest} and {newest}, which the tests were run with"))
+    return rows
 
 
 def _existing_part(folder: Path) -> Path:
@@ -291,6 +311,7 @@ CHECKS: dict[str, Callable[[], list[Row]]] = {
     "python": check_python,
     "torch": check_torch,
     "nnunetv2": check_nnunet,
+    "tested versions": check_tested_versions,
     "folders": check_folders,
     EXTENSION_VARIABLE: check_extension,
     "trainers": check_trainers,

@@ -250,6 +250,49 @@ def target_times_table() -> str:
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines += ["", f"Processor time on one thread of {machine['processor']}, which also did other work; {versions}."]
+
+
+CONFIGURATIONS = ("2d", "2.5d")
+
+
+def compatibility_results() -> dict | None:
+    """What the last whole run of the matrix found; None before the first."""
+    file = ROOT / "benchmarks" / "results" / "compatibility.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def compatibility_table() -> str:
+    """Trainers by features: passed, failed, or a number that stands for why a trainer refuses."""
+    results = compatibility_results()
+    if results is None:
+        return "Not run yet: `python scripts/compatibility.py`."
+    features = list(next(iter(next(iter(results["cells"].values())).values())))
+    reasons: list[str] = []
+
+    def sign(outcome: str) -> str:
+        if outcome in ("passed", "failed"):
+            return {"passed": "✓", "failed": "failed"}[outcome]
+        if outcome not in reasons:
+            reasons.append(outcome)
+        return f"[{reasons.index(outcome) + 1}]"
+
+    lines = [f"| trainer | {' | '.join(features)} | commands |", "|---" * (len(features) + 2) + "|"]
+    for name, rows in results["cells"].items():
+        cells = []
+        for feature in features:
+            signs = [sign(rows[configuration][feature]) for configuration in CONFIGURATIONS]
+            cells.append(signs[0] if len(set(signs)) == 1 else ", ".join(
+                f"{configuration} {one}" for configuration, one in zip(CONFIGURATIONS, signs, strict=True)
+            ))  # fmt: skip
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {sign(results['commands'][name])} |")
+    lines += [""] + [f"[{number}] {reason}" for number, reason in enumerate(reasons, 1)] + [""] * bool(reasons)
+    outcomes = [one for rows in results["cells"].values() for cells in rows.values() for one in cells.values()]
+    outcomes += results["commands"].values()
+    versions = ", ".join(f"{name} {version}" for name, version in results["machine"]["versions"].items())
+    lines.append(
+        f"{len(outcomes)} cells, {outcomes.count('passed')} passed, {outcomes.count('failed')} failed. Run on the CPU; "
+        f"Python {results['machine']['python']}, {versions}."
+    )
     return "\n".join(lines)
 
 
@@ -267,6 +310,7 @@ TABLES = (
     ("docs/targets.md", "times of targets", target_times_table),
     ("docs/datasets.md", "converters", converters_table),
     ("docs/datasets.md", "conversion speed", conversion_speed_table),
+    ("docs/compatibility.md", "compatibility", compatibility_table),
 )
 
 

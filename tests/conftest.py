@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
@@ -141,3 +143,27 @@ def nnunet_folders(nnunet_workspace, tmp_path, monkeypatch) -> Workspace:
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     return nnunet_workspace
+
+
+class Threads:
+    """Stands for a context of ``multiprocessing``: threads, which start at once, instead of processes."""
+
+    Pool = ThreadPool
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Calls the function behind a command of nnU-Net with arguments, in this process; its pools are threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: Threads)
+
+    def call(entry_point, *arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", [entry_point.__name__, *map(str, arguments)])
+        try:
+            entry_point()
+        finally:
+            torch.set_num_threads(threads)
+
+    return call

@@ -247,3 +247,25 @@ def test_damaged_weights_fail_and_replaced_ones_are_told(folders, monkeypatch):
     monkeypatch.setenv("SMALLSEG_WEIGHTS_VMAMBA_TINY_IMAGENET", str(folders / "absent.pth"))
     absent = checked()
     assert absent.status == "failure"
+
+
+@pytest.mark.parametrize(
+    ("here", "status", "message"),
+    [
+        ("2.4.1", "info", "run with 2.5.0 to 2.15.0, here is 2.4.1"),
+        ("2.5.0+cu124", "ok", "run with 2.5.0"),
+        ("2.10.0", "ok", "between 2.5.0 and 2.15.0"),
+        ("2.15.0", "ok", "run with 2.15.0"),
+        ("2.16.0", "info", "run with 2.5.0 to 2.15.0, here is 2.16.0"),
+    ],
+)
+def test_versions_are_compared_with_the_tested_ones(here, status, message, monkeypatch, tmp_path):
+    tested = {"lowest": {"nnunetv2": "2.8.1", "torch": "2.5.0"}, "newest": {"nnunetv2": "2.8.1", "torch": "2.15.0"}}
+    (tmp_path / "tested_versions.json").write_text(json.dumps(tested))
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    versions = {"nnunetv2": "2.8.1", "torch": here}
+    monkeypatch.setattr(doctor.importlib.metadata, "version", versions.__getitem__)
+    nnunet, torch_row = doctor.check_tested_versions()
+    assert (nnunet.check, nnunet.status) == ("nnunetv2 tested", "ok")
+    assert torch_row.status == status
+    assert message in torch_row.message
