@@ -1,4 +1,4 @@
-"""The picture of a fingerprint: sizes above, what nnU-Net makes of them below. In the style of the evaluation report."""
+"""The picture of a fingerprint: sizes above, what nnU-Net makes of them below; in the style of the report."""
 
 from __future__ import annotations
 
@@ -21,18 +21,13 @@ from nnunetv2_smallseg.evaluation.figures import (
     short_name,
 )
 from nnunetv2_smallseg.files import replacing
-from nnunetv2_smallseg.fingerprint.summary import ALL
+from nnunetv2_smallseg.fingerprint.summary import ALL, length_unit
 
-__all__ = ["draw_fingerprint", "length_unit"]
+__all__ = ["draw_fingerprint"]
 
 HEIGHT = 7.6
 # Lesions and patches in the paired bars.
 LESIONS, PATCHES = "#9AA5AE", COLOURS[0]
-
-
-def length_unit(content: Mapping) -> str:
-    """Unit of diameters, short."""
-    return "mm" if content["unit"] == "mm" else "px"
 
 
 def draw_fingerprint(content: Mapping, file: Path) -> bytes:
@@ -48,7 +43,7 @@ def draw_fingerprint(content: Mapping, file: Path) -> bytes:
         figure = new_figure(WIDE, HEIGHT)
         grid = figure.subplots(2, 3).flat
         draw = (_diameters, _lesions_per_case, _extents, _vanished, _seen, _patches)
-        has_lesions = content["lesions"][ALL]["count"] > 0
+        has_lesions = content["sampling"]["classes"][ALL]["count"] > 0
         for axes, panel in zip(grid, draw, strict=True):
             if has_lesions:
                 panel(axes, content)

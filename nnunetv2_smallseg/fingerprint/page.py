@@ -10,9 +10,8 @@ from pathlib import Path
 from nnunetv2_smallseg.evaluation.report import data_address, page_environment, versions
 from nnunetv2_smallseg.evaluation.report_tables import UNDEFINED, Cell, Table, count_cell, text_cell
 from nnunetv2_smallseg.files import replacing
-from nnunetv2_smallseg.fingerprint.figure import length_unit
 from nnunetv2_smallseg.fingerprint.recommendations import percent, plan_command
-from nnunetv2_smallseg.fingerprint.summary import ALL, PERCENTILES
+from nnunetv2_smallseg.fingerprint.summary import ALL, PERCENTILES, length_unit
 
 __all__ = ["write_page"]
 
@@ -117,8 +116,9 @@ def _lesion_table(content: Mapping) -> Table:
         for place, axis in enumerate(axes):
             for key, unit in (("extent_mm", length), ("extent_voxels", "voxels")):
                 values = [described[key][percentile] for percentile in PERCENTILES]
-                rows.append([text_cell(name), text_cell(f"extent along {axis} ({unit})"), count_cell(described["count"]),
-                             *(_number(None if value is None else value[place]) for value in values)])  # fmt: skip
+                cells = [_number(None if value is None else value[place]) for value in values]
+                title = text_cell(f"extent along {axis} ({unit})")
+                rows.append([text_cell(name), title, count_cell(described["count"]), *cells])
     return Table(
         ["class", "quantity", "lesions", *PERCENTILES], rows,
         note="A lesion is a connected component, voxels that touch at corners included. Extents are those of its "
@@ -149,12 +149,13 @@ def _vanished_table(content: Mapping) -> Table:
     for level in content["vanish"]["deep_supervision"]:
         if max(level["factor"]) == 1:
             continue
-        found = level["nearest"][ALL]
+        found, weight = level["nearest"][ALL], _number(level["loss_weight"])
+        target = f"target at {_scale(level['factor'])}"
         for key, what in (("lesions", "lesions"), *([("sections", "their parts in a slice")] if slices else [])):
-            rows.append([text_cell(f"target at {_scale(level['factor'])}: {what}"), _number(level["loss_weight"]),
-                         _share(found[key]), *(_share(found[f"{key}_by_size"][name]) for name in bins)])  # fmt: skip
-        rows.append([text_cell(f"target at {_scale(level['factor'])}, lesion-preserving"), _number(level["loss_weight"]),
-                     *[_share(0.0)] * (1 + len(bins))])  # fmt: skip
+            shares = [found[key], *(found[f"{key}_by_size"][name] for name in bins)]
+            rows.append([text_cell(f"{target}: {what}"), weight, *map(_share, shares)])
+        shares = [level["lesion_preserving"]] * (1 + len(bins))
+        rows.append([text_cell(f"{target}, lesion-preserving"), weight, *map(_share, shares)])
     patch = content["patch"]["classes"][ALL]
     for kind, what in (("random", "that show it"), ("centred", "centred on it")):
         found = patch[f"cut_{kind}"]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from nnunetv2_smallseg.fingerprint.source import DEFAULT_PLANS_NAME
-from nnunetv2_smallseg.fingerprint.summary import ALL, SLAB_SIZES
+from nnunetv2_smallseg.fingerprint.summary import ALL, SLAB_SIZES, length_unit
 
 __all__ = ["percent", "plan_command", "recommend"]
 
@@ -46,10 +46,12 @@ def recommend(summary: Mapping, median_image_size: Sequence[float]) -> list[dict
                 "options": [],
             }
         ]
-    found = [_patch(summary, median_image_size)]
-    if summary["num_dimensions"] == 3:
-        found.append(_slab(summary))
-    found += [_resampling(summary), _targets(summary), _sampling(summary)]
+    found = [_resampling(summary)]
+    if summary["sampling"]["classes"][ALL]["count"]:  # else all have vanished by resampling
+        found.insert(0, _patch(summary, median_image_size))
+        if summary["num_dimensions"] == 3:
+            found.insert(1, _slab(summary))
+        found += [_targets(summary), _sampling(summary)]
     return [
         {"topic": topic, "indicated": indicated, "text": " ".join(sentences), "options": options}
         for topic, indicated, sentences, options in found
@@ -102,7 +104,7 @@ def _patch(summary: Mapping, median_image_size: Sequence[float]) -> tuple:
     if not too_small:
         sentences.append("It covers them: keep it.")
     else:
-        sentences.append(f"{percent(patch['larger_than_patch_in_plane'])} of the lesions are larger than the patch.")
+        sentences.append(f"Of the lesions, {percent(patch['larger_than_patch_in_plane'])} are larger than the patch.")
         wanted = [
             min(_round_up(max(extent, voxels)), max(_round_up(image), voxels))
             for extent, voxels, image in zip(most, size, list(median_image_size)[axes], strict=True)
@@ -117,7 +119,7 @@ def _patch(summary: Mapping, median_image_size: Sequence[float]) -> tuple:
             sentences.append(f"Plan {_size(wanted)}, with a smaller batch if memory is short.")
     what = "the part in its slice" if summary["patch"]["patch_size"][0] == 1 and not is_volume else "the lesion"
     what = "the lesion" if summary["num_dimensions"] == 2 else what
-    sentences.append(f"{percent(cut)} of the patches centred on a lesion do not hold all of {what}.")
+    sentences.append(f"Of the patches centred on a lesion, {percent(cut)} do not hold all of {what}.")
     return "patch size", too_small, sentences, options
 
 
@@ -145,12 +147,12 @@ def _slab(summary: Mapping) -> tuple:
 
 def _resampling(summary: Mapping) -> tuple:
     resampling = summary["vanish"]["resampling"]
-    spacing = " x ".join(f"{value:g}" for value in summary["target_spacing_mm"])
+    spacing = " x ".join(f"{value:g}" for value in summary["target_spacing_mm"]) + f" {length_unit(summary)}"
     if not resampling["num_cases"]:
         return "resampling", False, [f"What vanishes by resampling to {spacing} is not known: the raw labels are not "
                                      "there."], []  # fmt: skip
     found = resampling["classes"][ALL]
-    sentences = [f"{found['num_vanished']} of {found['count']} lesions vanish by resampling to {spacing} mm."]
+    sentences = [f"{found['num_vanished']} of {found['count']} lesions vanish by resampling to {spacing}."]
     if (found["share"] or 0) <= MAX_RESAMPLED_AWAY:
         return "resampling", False, sentences, []
     worst = {name: share for name, share in found["by_size"].items() if share}
@@ -203,8 +205,8 @@ def _sampling(summary: Mapping) -> tuple:
     never = sampling["never_centred"]["mean"]
     if never:
         sentences.append(
-            f"{percent(never)} of the lesions are never the centre: none of their voxels is among those that nnU-Net's "
-            "preprocessing keeps for it."
+            f"Of the lesions, {percent(never)} are never the centre: none of their voxels is among those that "
+            "nnU-Net's preprocessing keeps for it."
         )
     indicated = seen[least] < MIN_SEEN or patch_share < MIN_PATCH_RATIO * lesion_share
     if indicated:

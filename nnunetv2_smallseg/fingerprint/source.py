@@ -107,11 +107,12 @@ def find_source(
     if not preprocessed_cases or missing:
         preprocessed = None
     from_raw = raw or preprocessed is None
+    number = int(name[7:10])
     if from_raw and not label_files:
         raise SmallSegError(
             f"there are no labels of {name}: neither {folder / configuration['data_identifier']} nor "
-            f"{raw_folder or 'nnUNet_raw'} (labelsTr) holds any; put the raw data set there, or run nnUNetv2_preprocess "
-            f"-d {int(name[7:10])} -plans_name {plans_name}"
+            f"{raw_folder or 'nnUNet_raw'} (labelsTr) holds any; put the raw data set there, or run "
+            f"nnUNetv2_preprocess -d {number} -plans_name {plans_name}"
         )
     cases = sorted(label_files if from_raw else preprocessed_cases)
     manager = PlansManager(plans)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from nnunetv2_smallseg.fingerprint.deep_supervision import level_weights
 from nnunetv2_smallseg.fingerprint.measure import Table
 from nnunetv2_smallseg.fingerprint.source import Source
 
-__all__ = ["ALL", "FORMAT_VERSION", "PERCENTILES", "SLAB_SIZES", "summarise"]
+__all__ = ["ALL", "FORMAT_VERSION", "PERCENTILES", "SLAB_SIZES", "length_unit", "summarise"]
 
 FORMAT_VERSION = 1
 PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
@@ -22,6 +22,11 @@ ALL = "all"
 SLAB_SIZES = (1, 3, 5, 7)
 # Readers of pictures, which hold no spacing: nnU-Net takes a pixel as 1.
 PIXEL_READERS = ("NaturalImage2DIO",)
+
+
+def length_unit(content: Mapping) -> str:
+    """Unit of diameters, short: mm or px."""
+    return "mm" if content["unit"] == "mm" else "px"
 
 
 def summarise(source: Source, records: Sequence[CaseRecord], diameter_limits_mm: Sequence[float]) -> dict:
