@@ -92,7 +92,7 @@ def _lesions_per_case(axes: Axes, content: Mapping) -> None:
     axes.set_title("Lesions of a case")
     numbers = np.array([sum(case["num_lesions"].values()) for case in content["cases"].values()])
     width = max(1, int(np.ceil((numbers.max() + 1) / 20)))
-    edges = np.arange(0, numbers.max() + width + 1, width)
+    edges = np.arange(0, numbers.max() + width + 1, width) - (0.5 if width == 1 else 0)
     axes.hist(numbers, edges, color=LESIONS, edgecolor="white", linewidth=0.5)
     for locate in (axes.xaxis, axes.yaxis):
         locate.set_major_locator(MaxNLocator(5, integer=True))

@@ -66,7 +66,7 @@ def _facts(content: Mapping) -> list[tuple[str, str]]:
             "Epoch",
             f"{sampling['iterations_per_epoch']} iterations of {sampling['random_patches_per_batch']} random and "
             f"{sampling['foreground_patches_per_batch']} foreground patches from "
-            f"{sampling['num_training_cases']:g} training cases",
+            f"{sampling['num_training_cases']:.3g} training cases",
         ),
     ]
 

@@ -11,15 +11,18 @@ from collections.abc import Mapping, Sequence
 
 from nnunetv2_smallseg.fingerprint.source import DEFAULT_PLANS_NAME
 from nnunetv2_smallseg.fingerprint.summary import ALL, SLAB_SIZES, length_unit
+from nnunetv2_smallseg.plans.switches import SWITCHES
 
 __all__ = ["percent", "plan_command", "recommend"]
 
 # A strategy is indicated if it concerns a size bin that holds at least this share of the lesions ...
 MIN_BIN_SHARE = 0.05
 # ... and, for lesion-preserving targets, this share of the bin vanishes, weighted as the levels are in the loss;
-MAX_VANISHED = 0.1
+MAX_VANISHED = 0.05
 # for lesion sampling, less than this is seen in an epoch, or the bin gets less than this part of its share of patches.
 MIN_SEEN, MIN_PATCH_RATIO = 0.9, 0.25
+# The share of lesions that are never the centre of a patch is told from here on.
+MIN_NEVER_TOLD = 0.005
 # A finer spacing is worth considering if more lesions than this vanish by resampling.
 MAX_RESAMPLED_AWAY = 0.01
 # 2d is enough if at least this share of the lesions lies in one slice; a slab holds at least this share of them whole.
@@ -117,9 +120,9 @@ def _patch(summary: Mapping, median_image_size: Sequence[float]) -> tuple:
         else:
             options = ["-patch_size", *map(str, wanted)]
             sentences.append(f"Plan {_size(wanted)}, with a smaller batch if memory is short.")
-    what = "the part in its slice" if summary["patch"]["patch_size"][0] == 1 and not is_volume else "the lesion"
-    what = "the lesion" if summary["num_dimensions"] == 2 else what
-    sentences.append(f"Of the patches centred on a lesion, {percent(cut)} do not hold all of {what}.")
+    if len(summary["patch_size"]) == len(summary["target_spacing_mm"]):  # slabs: said where slices are counted
+        what = "the part in its slice" if where else "the lesion"
+        sentences.append(f"Of the patches centred on a lesion, {percent(cut)} do not hold all of {what}.")
     return "patch size", too_small, sentences, options
 
 
@@ -136,13 +139,15 @@ def _slab(summary: Mapping) -> tuple:
         sentences.append("Neighbouring slices seldom show the same lesion: 2d has nearly all there is to see.")
         return "2d or 2.5d", name == "2.5d", sentences, []
     slices = next((size for size in SLAB_SIZES[1:] if within[str(size)] >= MIN_WITHIN_SLAB), SLAB_SIZES[-1])
+    planned = summary["patch_size"][0] if len(summary["patch_size"]) > len(summary["target_spacing_mm"]) else None
     sentences.append(f"2.5d with {slices} slices holds {percent(within[str(slices)])} of the lesions whole")
-    planned = summary["patch_size"][0] if name == "2.5d" else None
-    if planned is not None and planned >= slices:
-        sentences[-1] += f"; the slabs planned have {planned}."
-        return "2d or 2.5d", False, sentences, []
-    sentences[-1] += f"; {'the slabs planned have ' + str(planned) if planned else 'this fingerprint is of ' + name}."
-    return "2d or 2.5d", True, sentences, ["-num_slices", str(slices)]
+    if planned is None:
+        sentences[-1] += f"; this fingerprint is of {name}."
+        return "2d or 2.5d", True, sentences, ["-num_slices", str(slices)]
+    cut = summary["patch"]["classes"][ALL]["cut_centred"]["share"]
+    sentences[-1] += f"; the slabs planned have {planned}."
+    sentences.append(f"Of the slabs centred on a lesion, {percent(cut)} do not hold all of it.")
+    return "2d or 2.5d", planned < slices, sentences, ["-num_slices", str(slices)] if planned < slices else []
 
 
 def _resampling(summary: Mapping) -> tuple:
@@ -152,7 +157,7 @@ def _resampling(summary: Mapping) -> tuple:
         return "resampling", False, [f"What vanishes by resampling to {spacing} is not known: the raw labels are not "
                                      "there."], []  # fmt: skip
     found = resampling["classes"][ALL]
-    sentences = [f"{found['num_vanished']} of {found['count']} lesions vanish by resampling to {spacing}."]
+    sentences = [f"{found['num_vanished']:,} of {found['count']:,} lesions vanish by resampling to {spacing}."]
     if (found["share"] or 0) <= MAX_RESAMPLED_AWAY:
         return "resampling", False, sentences, []
     worst = {name: share for name, share in found["by_size"].items() if share}
@@ -179,11 +184,10 @@ def _targets(summary: Mapping) -> tuple:
     name, share = max(weighted.items(), key=lambda item: item[1])
     sentences.append(f"Weighted as in the loss, {percent(share)} of those of {name} are missing.")
     indicated = share >= MAX_VANISHED
-    if indicated:
-        sentences.append('Lesion-preserving targets lose none: deep_supervision_targets = "lesion".')
-    else:
-        sentences.append("That is little: nnU-Net's targets do.")
-    return "deep supervision", indicated, sentences, []
+    if not indicated:
+        return "deep supervision", False, [*sentences, "That is little: nnU-Net's targets do."], []
+    sentences.append('Lesion-preserving targets (deep_supervision_targets = "lesion") lose none.')
+    return "deep supervision", True, sentences, _switch("deep_supervision_targets", "lesion")
 
 
 def _sampling(summary: Mapping) -> tuple:
@@ -203,17 +207,21 @@ def _sampling(summary: Mapping) -> tuple:
         "are centred on one.",
     ]
     never = sampling["never_centred"]["mean"]
-    if never:
+    if never >= MIN_NEVER_TOLD:
         sentences.append(
             f"Of the lesions, {percent(never)} are never the centre: none of their voxels is among those that "
             "nnU-Net's preprocessing keeps for it."
         )
     indicated = seen[least] < MIN_SEEN or patch_share < MIN_PATCH_RATIO * lesion_share
-    if indicated:
-        sentences.append('Sampling lesions instead of voxels gives them their share: lesion_sampling = "lesion".')
-    else:
-        sentences.append("nnU-Net's sampling reaches them.")
-    return "sampling", indicated, sentences, []
+    if not indicated:
+        return "sampling", False, [*sentences, "nnU-Net's sampling reaches them."], []
+    sentences.append('Drawing lesions instead of voxels (lesion_sampling = "lesion") gives them their share.')
+    return "sampling", True, sentences, _switch("lesion_sampling", "lesion")
+
+
+def _switch(name: str, value: str) -> list[str]:
+    """The option of ``smallseg plan`` that sets a switch of the trainers."""
+    return [SWITCHES[name].option, value] if name in SWITCHES else []
 
 
 def _probability(value: float) -> str:

@@ -14,7 +14,8 @@ from nnunetv2_smallseg.fingerprint.case import CaseTask, DataSet
 from nnunetv2_smallseg.fingerprint.deep_supervision import downsampling_factors
 from nnunetv2_smallseg.fingerprint.measure import TrainingSetup
 from nnunetv2_smallseg.fingerprint.patches import ITERATIONS, Schedule
-from nnunetv2_smallseg.plans.configurations import is_volume, resolve, training_schedule
+from nnunetv2_smallseg.plans.configurations import is_volume, resolve
+from nnunetv2_smallseg.plans.switches import training_settings
 
 __all__ = ["DEFAULT_PLANS_NAME", "Source", "find_source"]
 
@@ -135,7 +136,7 @@ def find_source(
     schedule = Schedule(
         batch_size=int(configuration["batch_size"]),
         num_training_cases=_num_training_cases(folder, raw_folder, len(cases)),
-        iterations=training_schedule(configuration, configuration_name).get("num_iterations_per_epoch", ITERATIONS),
+        iterations=training_settings(configuration, configuration_name).get("num_iterations_per_epoch", ITERATIONS),
     )
     return Source(
         dataset_name=name,
