@@ -418,13 +418,18 @@ def test_data_set_without_lesions(nnunet_folders, tmp_path, monkeypatch, capsys)
     assert content["lesions"]["all"]["extent_mm"] == dict.fromkeys(CONTRACT)
 
 
-def test_raw_labels_are_resampled_as_preprocessing_does(nnunet_folders, tmp_path, monkeypatch):
+@pytest.mark.parametrize("order", [1, 0], ids=["nnU-Net's default", "another function"])
+def test_raw_labels_are_resampled_as_preprocessing_does(nnunet_folders, tmp_path, monkeypatch, order):
     """Lesions of one voxel vanish at three times the spacing. The images have a border of 0, which nnU-Net cuts off."""
     labels = np.zeros((5, 61, 60), dtype=np.uint8)
     labels[2, 10:16, 10:16] = 1
     labels[2, 30, 30] = labels[2, 40, 41] = labels[3, 50, 52] = labels[1, 44, 12:16] = 1
     name = write_dataset(nnunet_folders, tmp_path, monkeypatch, [labels], spacing=(3.0, 0.33, 0.33))
     output = tmp_path / "preprocessed" / name
+    file = output / "nnUNetSmallSegPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["2d"]["resampling_fn_seg_kwargs"]["order"] = order
+    file.write_text(json.dumps(plans))
     command = ["fingerprint", "-d", name, "-np", "1", "-size_bins", "1"]
     assert main(command) == 0
     before = json.loads((output / NAMES[1]).read_text())
@@ -436,7 +441,7 @@ def test_raw_labels_are_resampled_as_preprocessing_does(nnunet_folders, tmp_path
     image = sitk.GetImageFromArray(image)
     image.SetSpacing((0.33, 0.33, 3.0))
     sitk.WriteImage(image, str(tmp_path / "case0_0000.nii.gz"))
-    plans = PlansManager(str(output / "nnUNetSmallSegPlans.json"))
+    plans = PlansManager(str(file))
     (output / "nnUNetSmallSegPlans_2d").mkdir()
     DefaultPreprocessor(verbose=False).run_case_save(
         str(output / "nnUNetSmallSegPlans_2d" / "case0"), [str(tmp_path / "case0_0000.nii.gz")],
