@@ -250,6 +250,7 @@ def target_times_table() -> str:
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines += ["", f"Processor time on one thread of {machine['processor']}, which also did other work; {versions}."]
+    return "\n".join(lines)
 
 
 CONFIGURATIONS = ("2d", "2.5d")

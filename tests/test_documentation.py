@@ -74,7 +74,7 @@ def test_documented_commands_exist(page, words):
 OFFLINE = [
     words
     for _, words in commands("smallseg")
-    if words[0] in ("plan", "trainers", "env")
+    if words[0] in ("plan", "fingerprint", "trainers", "env")
     or words[:2] in (["weights", "list"], ["weights", "path"], ["convert", "--list"])
 ]
 
@@ -88,6 +88,10 @@ def test_documented_commands_run(words, nnunet_folders, capsys, monkeypatch, tmp
     shutil.copy(nnunet_folders.preprocessed / "dataset_fingerprint.json", preprocessed)
     monkeypatch.setenv("nnUNet_preprocessed", str(preprocessed.parent))
     words = [str(nnunet_folders.number) if word == "901" else word for word in words]
+    if words[0] == "fingerprint":
+        for plans in ("nnUNetSmallSegPlans", "nnUNetPlans"):
+            shutil.copy(nnunet_folders.preprocessed / f"{plans}.json", preprocessed)
+        words += ["-np", "1"]  # starting processes takes longer than measuring five cases
     assert main(words) == 0
     assert capsys.readouterr().out
 

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 
 from nnunetv2_smallseg import __version__
-from nnunetv2_smallseg.cli import convert, demo, doctor, env, evaluate, plan, trainers, weights
+from nnunetv2_smallseg.cli import convert, demo, doctor, env, evaluate, fingerprint, plan, trainers, weights
 from nnunetv2_smallseg.errors import SmallSegError
 
 __all__ = ["build_parser", "main"]
 
-COMMANDS = (env, doctor, demo, convert, plan, weights, trainers, evaluate)
+COMMANDS = (env, doctor, demo, convert, plan, fingerprint, weights, trainers, evaluate)
 
 
 class ExactParser(argparse.ArgumentParser):

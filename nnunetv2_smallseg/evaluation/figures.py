@@ -24,6 +24,9 @@ from nnunetv2_smallseg.files import replacing
 
 __all__ = [
     "COLOURS",
+    "INK",
+    "QUIET",
+    "WIDE",
     "FigureFile",
     "draw_detection_by_size",
     "draw_dice_against_volume",
@@ -32,7 +35,9 @@ __all__ = [
     "draw_paired_differences",
     "draw_recall_against_diameter",
     "figure_style",
+    "new_figure",
     "save_figure",
+    "set_log_axis",
     "short_name",
 ]
 

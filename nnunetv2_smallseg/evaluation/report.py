@@ -47,7 +47,7 @@ from nnunetv2_smallseg.evaluation.statistics import (
 )
 from nnunetv2_smallseg.files import replacing, write_json
 
-__all__ = ["Statistics", "compute_statistics", "write_report"]
+__all__ = ["Statistics", "compute_statistics", "data_address", "page_environment", "versions", "write_report"]
 
 PACKAGES = ("nnunetv2", "numpy", "scipy", "matplotlib")
 # With more pairs of predictions than this, differences are drawn to the first prediction only; tables have all pairs.
@@ -147,14 +147,7 @@ def write_report(
                 ],
             }
         )
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["breakable"] = breakable
+    environment = page_environment()
     written = written or datetime.now(timezone.utc)
     page = environment.get_template("report.html").render(
         title=title,
@@ -179,6 +172,19 @@ def write_report(
     with replacing(target) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return target
+
+
+def page_environment(*folders: Path) -> Environment:
+    """Jinja with the templates of the report, and of other pages in the same style from ``folders``."""
+    environment = Environment(
+        loader=FileSystemLoader([*folders, Path(__file__).parent / "templates"]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["breakable"] = breakable
+    return environment
 
 
 def to_plain(value: object) -> object:

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import multiprocessing
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from nnunetv2_smallseg import __version__
 from nnunetv2_smallseg.errors import UsageError
@@ -22,8 +16,9 @@ from nnunetv2_smallseg.evaluation.images import EvaluationError, label_files
 from nnunetv2_smallseg.evaluation.regions import LabelScheme, scheme_from_dataset_json, scheme_from_labels
 from nnunetv2_smallseg.evaluation.tables import LESION_COLUMNS, nnunet_summary, region_summary, write_csv
 from nnunetv2_smallseg.files import write_json
+from nnunetv2_smallseg.parallel import run_in_processes
 
-__all__ = ["PROTOCOLS", "Evaluation", "default_num_processes", "evaluate_folders"]
+__all__ = ["PROTOCOLS", "Evaluation", "evaluate_folders"]
 
 PROTOCOLS = ("uls23", "kits23", "atlas", "svanet", "s3mamba", "stsnet")
 # How many names an error lists.
@@ -53,11 +48,6 @@ class Evaluation:
     summaries: dict[str, dict]
     protocol: dict[str, dict] | None
     skipped: dict[str, list[str]]
-
-
-def default_num_processes() -> int:
-    """Number of cores, 8 at most."""
-    return min(8, os.cpu_count() or 1)
 
 
 def evaluate_folders(
@@ -117,7 +107,6 @@ def evaluate_folders(
         skipped[name] = _missing(reference_files, files[name], instance_files, reference, folder, chill)
 
     pairs = [(name, case) for name in predictions for case in reference_files if case not in skipped[name]]
-    run = _Runner(num_processes or default_num_processes())
     if dataset_json is None and labels is None:
         dataset_json = next(
             (path for folder in predictions.values() if (path := folder / "dataset.json").is_file()), None
@@ -129,7 +118,8 @@ def evaluate_folders(
     else:
         if labels is None:
             used = {reference_files[case] for _, case in pairs} | {files[name][case] for name, case in pairs}
-            labels = {label for found in run(occurring_labels, sorted(used), "labels") for label in found}
+            occurring = _run_all(occurring_labels, sorted(used), num_processes, "labels")
+            labels = {label for found in occurring for label in found}
         scheme = scheme_from_labels(labels, ignore_label)
 
     tasks = [
@@ -146,7 +136,7 @@ def evaluate_folders(
         )
         for name, case in pairs
     ]
-    results = run(evaluate_case, tasks, "cases")
+    results = _run_all(evaluate_case, tasks, num_processes, "cases")
     return _collect(results, scheme, settings, output, {
         "version": __version__,
         "reference": str(reference),
@@ -264,30 +254,7 @@ def _names(cases: Sequence[str]) -> str:
     return ", ".join(cases[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-@dataclass(frozen=True)
-class _Runner:
-    """Runs a function on many arguments in several processes, with progress on stderr."""
-
-    num_processes: int
-
-    def __call__(self, function: Callable, arguments: Iterable, what: str) -> list:
-        arguments = list(arguments)
-        progress = {"total": len(arguments), "desc": what, "disable": None}  # silent unless stderr is a terminal
-        if min(self.num_processes, len(arguments)) == 1:
-            return [function(argument) for argument in tqdm(arguments, **progress)]
-        # Not forked: libraries that were loaded already may hold threads and locks.
-        context = multiprocessing.get_context("spawn")
-        results: list = [None] * len(arguments)
-        with ProcessPoolExecutor(min(self.num_processes, len(arguments)), context) as pool:
-            futures = {pool.submit(function, argument): position for position, argument in enumerate(arguments)}
-            try:
-                for future in tqdm(as_completed(futures), **progress):
-                    results[futures[future]] = future.result()
-            except BrokenProcessPool as error:
-                raise EvaluationError(
-                    "a process was ended from outside, probably for lack of memory: use fewer processes (-np)"
-                ) from error
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        return results
+def _run_all(function: Callable, arguments: Iterable, num_processes: int | None, what: str) -> list:
+    """The results of ``run_in_processes`` in the order of the arguments."""
+    results = sorted(run_in_processes(function, arguments, num_processes, what), key=lambda found: found[0])
+    return [result for _, result in results]
