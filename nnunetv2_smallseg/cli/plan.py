@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_parser", "positive_integer", "run"]
+
+# Beyond every number that makes sense here: a training of 10**20 epochs is a slip of the keyboard.
+LARGEST_NUMBER = 1_000_000
 
 
 def positive_integer(text: str) -> int:
-    """For argparse: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    """For argparse: an integer from 1 to a million."""
+    if not text.strip().isdecimal() or not 1 <= int(text) <= LARGEST_NUMBER:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number: use a whole number from 1 to a million")
+    return int(text)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:

@@ -18,19 +18,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_smallseg.architectures.slab import SlabNetwork
 from nnunetv2_smallseg.augmentation.in_plane import blur_in_plane
-from nnunetv2_smallseg.errors import CommandStopped, SmallSegError
-from nnunetv2_smallseg.plans.configurations import is_volume, num_slices, resolve, training_schedule
+from nnunetv2_smallseg.errors import stop_on_user_error
+from nnunetv2_smallseg.plans.configurations import (
+    check_configuration,
+    is_volume,
+    num_slices,
+    resolve,
+    training_schedule,
+)
+from nnunetv2_smallseg.trainers.checkpoint_fit import explain_misfits
+from nnunetv2_smallseg.trainers.finite_loss import FiniteLoss
+from nnunetv2_smallseg.trainers.input_checks import InputChecks
 
 __all__ = ["SlabTrainer", "stop_on_user_error"]
-
-
-@contextmanager
-def stop_on_user_error() -> Iterator[None]:
-    """Turns an error that the user can mend into the end of the command: message, exit status 1, no traceback."""
-    try:
-        yield
-    except SmallSegError as error:
-        raise CommandStopped(f"error: {error}") from None
 
 
 def tolerate_unused_parameters(wrapped: DistributedDataParallel) -> DistributedDataParallel:
@@ -42,7 +42,7 @@ def tolerate_unused_parameters(wrapped: DistributedDataParallel) -> DistributedD
     return DistributedDataParallel(wrapped.module, device_ids=wrapped.device_ids, find_unused_parameters=True)
 
 
-class SlabTrainer(nnUNetTrainer):
+class SlabTrainer(InputChecks, FiniteLoss, nnUNetTrainer):
     """nnU-Net's own network and recipe, on slices (``2d``) and on slabs of slices (``2.5d``).
 
     The schedule (epochs and iterations) is nnU-Net's unless the plans say otherwise (``smallseg plan -num_epochs``).
@@ -65,6 +65,7 @@ class SlabTrainer(nnUNetTrainer):
         # Before nnU-Net creates the output folder: a wrong configuration must leave nothing behind.
         with stop_on_user_error():
             resolved = resolve(plans, configuration)
+            check_configuration(resolved, configuration)
             volume = self.accepts_volumes and is_volume(resolved)
             self.num_slices = None if volume else num_slices(resolved, configuration)
             schedule = training_schedule(resolved, configuration)
@@ -91,7 +92,7 @@ class SlabTrainer(nnUNetTrainer):
             num_output_channels * slices,
             enable_deep_supervision,
         )
-        return network if slices == 1 else SlabNetwork(network, slices)
+        return explain_misfits(network if slices == 1 else SlabNetwork(network, slices))
 
     @property
     def is_slab(self) -> bool:
