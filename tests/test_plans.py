@@ -40,9 +40,9 @@ def test_spacing_tells_slabs_from_3d():
     ("setting", "value", "allowed"),
     [
         ("num_epoch", 5, "num_epochs, num_iterations_per_epoch"),
-        ("num_epochs", 0, "a positive integer"),
-        ("num_epochs", "5", "a positive integer"),
-        ("num_epochs", True, "a positive integer"),
+        ("num_epochs", 0, "a whole number from 1 to a million"),
+        ("num_epochs", "5", "a whole number from 1 to a million"),
+        ("num_epochs", True, "a whole number from 1 to a million"),
         ("deep_supervision_targets", "lesions", "'nearest' or 'lesion'"),
         ("deep_supervision_targets", None, "'nearest' or 'lesion'"),
     ],
@@ -147,7 +147,7 @@ def smallseg(*arguments: object) -> int:
         (("-d", 991, "-num_slices", 4), 2, "4, but must be odd"),
         (("-d", 991, "-plans_name", "nnUNetPlans"), 2, "choose another -plans_name"),
         (("-d", 991, "-patch_size", 0, 64), 2, "not a positive number"),
-        (("-d", 991, "-patchsize", 64, 64), 2, "unrecognized arguments"),
+        (("-d", 991, "-patchsize", 64, 64), 2, "Did you mean -patch_size?"),
         ((), 2, "required: -d"),
     ],
 )

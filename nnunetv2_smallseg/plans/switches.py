@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from nnunetv2_smallseg.errors import UsageError
 from nnunetv2_smallseg.plans.configurations import TRAINING_KEY
 
-__all__ = ["SCHEDULE", "SETTINGS", "SWITCHES", "Setting", "check_setting", "training_settings"]
+__all__ = ["LARGEST_NUMBER", "SCHEDULE", "SETTINGS", "SWITCHES", "Setting", "check_setting", "training_settings"]
+
+
+# Beyond every number that makes sense here: a training of 10**20 epochs is a slip of the keyboard.
+LARGEST_NUMBER = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,11 @@ class Setting:
 
 def _number(option: str, description: str) -> Setting:
     """A positive integer."""
-    return Setting(option, description, "a positive integer", _is_positive_integer, kind=int)
+    return Setting(option, description, "a whole number from 1 to a million", _is_positive_integer, kind=int)
 
 
 def _is_positive_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_NUMBER
 
 
 def _one_of(option: str, description: str, *choices: str) -> Setting:
@@ -99,7 +103,10 @@ def check_setting(name: str, value: object, place: str) -> None:
         )
     setting = SETTINGS[name]
     if not setting.is_allowed(value):
-        raise UsageError(f"{place} has {name}: {value!r}, but it must be {setting.allowed}")
+        raise UsageError(
+            f"{place} has {name}: {value!r}, but it must be {setting.allowed}. Mend it there; in plans also by smallseg "
+            f"plan {setting.option} {setting.metavar}"
+        )
 
 
 def training_settings(configuration: Mapping, name: str) -> dict[str, object]:
