@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
+from conftest import shrink_networks
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
     nnUNetPlannerResEncM,
 )
@@ -43,8 +44,7 @@ def add_configurations(plans: dict) -> None:
     configurations = plans["configurations"]
     for name, patch in (("2d", [64, 64]), ("3d_fullres", [16, 64, 64])):
         configurations[name].update(patch_size=patch, batch_size=2)
-        network = configurations[name]["architecture"]["arch_kwargs"]
-        network["features_per_stage"] = [8] * network["n_stages"]
+    shrink_networks(plans)
     configurations["2.5d"] = {"inherits_from": "2d", "patch_size": [3, 64, 64]}
     configurations["3d_lowres"] = {"inherits_from": "3d_fullres"}
     configurations["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
