@@ -49,6 +49,10 @@ def _is_positive_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _is_list_of_labels(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_positive_integer, value))
+
+
 def _one_of(option: str, description: str, *choices: str) -> Setting:
     """A name."""
     allowed = " or ".join(repr(choice) for choice in choices)
@@ -84,6 +88,15 @@ SWITCHES: Mapping[str, Setting] = {
         "targets of the lower resolutions: nnU-Net's nearest voxel, or a cell for every lesion",
         "nearest",
         "lesion",
+    ),
+    "lesion_labels": Setting(
+        "-lesion_labels",
+        "labels that count as lesion, where others are organs (null: all)",
+        "a list of labels above 0, or null",
+        lambda value: value is None or _is_list_of_labels(value),
+        kind=int,
+        metavar="LABEL",
+        many=True,
     ),
 }
 
