@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -45,13 +46,19 @@ def test_spacing_tells_slabs_from_3d():
         ("num_epochs", True, "a whole number from 1 to a million"),
         ("deep_supervision_targets", "lesions", "'nearest' or 'lesion'"),
         ("deep_supervision_targets", None, "'nearest' or 'lesion'"),
+        ("lesion_sampling", "size", "'voxel' or 'lesion' or 'size_bin'"),
+        ("lesion_jitter", 1.5, "a number from 0"),
+        ("lesion_jitter", True, "a number from 0"),
+        ("lesion_labels", [], "a list of labels above 0"),
+        ("lesion_labels", [0], "a list of labels above 0"),
+        ("lesion_labels", 2, "a list of labels above 0"),
     ],
 )
 def test_impossible_training_settings_are_refused(setting, value, allowed):
     assert training_settings(PLANAR, "2d") == {}
-    possible = {"num_epochs": 5, "deep_supervision_targets": "lesion"}
+    possible = {"num_epochs": 5, "deep_supervision_targets": "lesion", "lesion_jitter": 0, "lesion_labels": None}
     assert training_settings({"training": possible}, "2d") == possible
-    with pytest.raises(UsageError, match=f"'2d'.*{setting}.*{value!r}.*{allowed}"):
+    with pytest.raises(UsageError, match=f"'2d'.*{setting}.*{re.escape(repr(value))}.*{allowed}"):
         training_settings({**PLANAR, "training": {setting: value}}, "2d")
 
 
@@ -87,12 +94,19 @@ def test_planning_again_keeps_foreign_configurations(nnunet_workspace):
     plans["configurations"]["2d_big"] = {"inherits_from": "2d", "batch_size": 64}
     path.write_text(json.dumps(plans))
     finished = nnunet_workspace.run(
-        "smallseg", "plan", "-d", nnunet_workspace.dataset, "-plans_name", name, "-num_slices", 5, "-patch_size", 40, 70
-    )
+        "smallseg", "plan", "-d", nnunet_workspace.dataset, "-plans_name", name, "-num_slices", 5, "-patch_size", 40, 70,
+        "-lesion_sampling", "size_bin", "-lesion_jitter", 0.25, "-lesion_labels", 1, "-num_epochs", 7
+    )  # fmt: skip
     assert str(path) in finished.stdout
     assert "5 x 64 x 96" in finished.stdout
     configurations = nnunet_workspace.plans(name)["configurations"]
     assert configurations["2d"]["patch_size"] == [64, 96]
+    assert configurations["2d"]["training"] == {
+        "lesion_sampling": "size_bin",
+        "lesion_jitter": 0.25,
+        "lesion_labels": [1],
+        "num_epochs": 7,
+    }
     assert configurations["2.5d"]["patch_size"] == [5, 64, 96]
     assert configurations["2d_big"] == {"inherits_from": "2d", "batch_size": 64}
     # The network of the plans, which nnU-Net's own trainer builds, fits the patch that was asked for.
@@ -148,6 +162,8 @@ def smallseg(*arguments: object) -> int:
         (("-d", 991, "-plans_name", "nnUNetPlans"), 2, "choose another -plans_name"),
         (("-d", 991, "-patch_size", 0, 64), 2, "not a positive number"),
         (("-d", 991, "-patchsize", 64, 64), 2, "Did you mean -patch_size?"),
+        (("-d", 991, "-num_epochs", 0), 2, "'0' is not a positive number"),
+        (("-d", 991, "-lesion_sampling", "sizes"), 2, "invalid choice: 'sizes'"),
         ((), 2, "required: -d"),
     ],
 )

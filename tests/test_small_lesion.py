@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
+from conftest import shrink_networks
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
     nnUNetPlannerResEncM,
 )
@@ -23,6 +24,7 @@ from nnunetv2_smallseg.trainers.slabs import SlabTrainer
 
 LABELS = {
     "labels": ({"background": 0, "lesion": 1, "core": 2}, {}),
+    "labels by priority": ({"background": 0, "lesion": 1, "core": 2}, {"priority": (1,)}),
     "ignore": ({"background": 0, "lesion": 1, "core": 2, "ignore": 3}, {"ignore_label": 3}),
     "regions": ({"background": 0, "lesion": [1, 2], "core": 2}, {"regions": True}),
     "regions with ignore": (
@@ -43,8 +45,7 @@ def add_configurations(plans: dict) -> None:
     configurations = plans["configurations"]
     for name, patch in (("2d", [64, 64]), ("3d_fullres", [16, 64, 64])):
         configurations[name].update(patch_size=patch, batch_size=2)
-        network = configurations[name]["architecture"]["arch_kwargs"]
-        network["features_per_stage"] = [8] * network["n_stages"]
+    shrink_networks(plans)
     configurations["2.5d"] = {"inherits_from": "2d", "patch_size": [3, 64, 64]}
     configurations["3d_lowres"] = {"inherits_from": "3d_fullres"}
     configurations["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
@@ -73,6 +74,7 @@ def test_pipelines_make_targets_with_all_lesions(configuration, kind, nnunet_fol
     labels, options = LABELS[kind]
     order = {"regions_class_order": [1, 2]} if "regions" in options else {}
     trainer = make(nnunet_folders, "nnUNetTrainerSmallLesionTargets", configuration, labels=labels, **order)
+    trainer.lesion_labels = options.get("priority")
     trainer.initialize()
     scales = trainer._get_deep_supervision_scales()
     patch_size = trainer.configuration_manager.patch_size
@@ -89,6 +91,7 @@ def test_pipelines_make_targets_with_all_lesions(configuration, kind, nnunet_fol
     segmentation = torch.zeros((1 + trainer.is_cascaded, *patch_size), dtype=torch.int16)
     segmentation[..., 20:50, 20:50] = 1
     segmentation[..., 31, 31:33] = 2
+    segmentation[..., 5, 5], segmentation[..., 5, 6] = 1, 2  # in the same cell
     segmentation[..., 60, 60] = -1  # outside of the image
     if manager.has_ignore_label:
         segmentation[0, ..., :30, 40:] = 3
@@ -141,9 +144,20 @@ def test_both_strategies_on_residual_encoder_plans(nnunet_folders, tmp_path, mon
 
 def test_plans_set_the_switches_of_every_trainer_and_the_log_shows_them(nnunet_folders):
     plans = all_plans(nnunet_folders)
-    values = {"lesion_sampling": "size_bin", "lesion_jitter": 0.25, "deep_supervision_targets": "lesion"}
+    values = {
+        "deep_supervision_targets": "lesion",
+        "lesion_sampling": "size_bin",
+        "lesion_jitter": 0.25,
+        "lesion_labels": [1],
+    }
     plans["configurations"]["2d"]["training"] = {**values, "num_epochs": 3}
     defaults = {name: getattr(SlabTrainer, name) for name in SWITCHES}
+    assert defaults == {
+        "deep_supervision_targets": "nearest",
+        "lesion_sampling": "voxel",
+        "lesion_jitter": 0.5,
+        "lesion_labels": None,
+    }
     trainer = make(nnunet_folders, "nnUNetTrainerCurriculum", "2d", plans)
     trainer.on_train_start()
     folder = Path(trainer.output_folder)

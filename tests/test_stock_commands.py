@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import small_networks
+from conftest import shrink_networks
 from nnunetv2.inference.predict_from_raw_data import predict_entry_point
 from nnunetv2.run.run_training import run_training_entry
 
@@ -27,10 +27,12 @@ PLANS_NAME = "nnUNetShortPlans"
 def write_short_plans(workspace, num_epochs: int) -> None:
     """Plans for ``num_epochs`` epochs of two iterations on small networks."""
     plans = {**workspace.plans(), "plans_name": PLANS_NAME}
-    plans["configurations"]["2d"].update(
-        network_options=small_networks(),
-        training={"num_epochs": num_epochs, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1},
-    )
+    shrink_networks(plans)
+    plans["configurations"]["2d"]["training"] = {
+        "num_epochs": num_epochs,
+        "num_iterations_per_epoch": 2,
+        "num_val_iterations_per_epoch": 1,
+    }
     (workspace.preprocessed / f"{PLANS_NAME}.json").write_text(json.dumps(plans))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small_networks
+from conftest import shrink_networks
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -56,8 +56,7 @@ def make(
 ) -> nnUNetTrainer:
     plans = copy.deepcopy(plans or workspace.plans())
     plans["continue_training"] = False
-    for settings in plans["configurations"].values():
-        settings["network_options"] = small_networks()
+    shrink_networks(plans)
     dataset_json = {**workspace.dataset_json(), **dataset_changes}
     return getattr(trainers, name)(plans, configuration, 0, dataset_json, torch.device("cpu"))
 

@@ -53,6 +53,10 @@ def _is_positive_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_NUMBER
 
 
+def _is_list_of_labels(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_positive_integer, value))
+
+
 def _one_of(option: str, description: str, *choices: str) -> Setting:
     """A name."""
     allowed = " or ".join(repr(choice) for choice in choices)
@@ -89,6 +93,15 @@ SWITCHES: Mapping[str, Setting] = {
         "nearest",
         "lesion",
     ),
+    "lesion_labels": Setting(
+        "-lesion_labels",
+        "labels that count as lesion, where others are organs (null: all)",
+        "a list of labels above 0, or null",
+        lambda value: value is None or _is_list_of_labels(value),
+        kind=int,
+        metavar="LABEL",
+        many=True,
+    ),
 }
 
 SETTINGS: Mapping[str, Setting] = {**SCHEDULE, **SWITCHES}
@@ -104,8 +117,8 @@ def check_setting(name: str, value: object, place: str) -> None:
     setting = SETTINGS[name]
     if not setting.is_allowed(value):
         raise UsageError(
-            f"{place} has {name}: {value!r}, but it must be {setting.allowed}. Mend it there; in plans also by smallseg "
-            f"plan {setting.option} {setting.metavar}"
+            f"{place} has {name}: {value!r}, but it must be {setting.allowed}. Mend it there; in plans also by "
+            f"smallseg plan {setting.option} {setting.metavar}"
         )
 
 

@@ -12,11 +12,9 @@ from torch import distributed
 
 from nnunetv2_smallseg.data.lesion_table import LesionTable, lesion_classes, lesion_table
 from nnunetv2_smallseg.errors import SmallSegError
+from nnunetv2_smallseg.plans.configurations import TRAINING_KEY
 
 __all__ = ["LesionLabels", "chosen_lesion_classes", "chosen_lesion_labels"]
-
-# Part of a configuration of the plans that comes before the trainer's attribute of that name.
-LESION_LABELS_KEY = "lesion_labels"
 
 
 def chosen_lesion_labels(
@@ -26,17 +24,18 @@ def chosen_lesion_labels(
 
     Args:
         trainer: Has ``lesion_labels``, and need have nothing else yet.
-        configuration: A configuration of the plans with inheritance resolved; its ``lesion_labels`` come first.
+        configuration: A configuration of the plans with inheritance resolved; what its switches say comes first.
         label_manager: Labels of the data set.
     Raises:
         SmallSegError: If labels are named that the data set has not, or none.
     """
-    chosen = configuration.get(LESION_LABELS_KEY, trainer.lesion_labels)
+    switches = configuration.get(TRAINING_KEY, {})
+    chosen = switches.get("lesion_labels", trainer.lesion_labels)
     if chosen is None:
         return None
     known = [int(label) for label in label_manager.foreground_labels]
     if not isinstance(chosen, Sequence) or not chosen or not set(chosen) <= set(known):
-        place = "the plans' configuration" if LESION_LABELS_KEY in configuration else type(trainer).__name__
+        place = "the plans' configuration" if "lesion_labels" in switches else type(trainer).__name__
         raise SmallSegError(
             f"lesion_labels of {place} is {chosen}, but must list some of the labels of the data set, {known}: change "
             "it there, or set it to None for all"
@@ -68,7 +67,7 @@ class LesionLabels:
 
     Attributes:
         lesion_labels: Labels that count as lesion, for data sets that label organs, too; None for all foreground. A
-            configuration of the plans may hold others under ``lesion_labels``, which come first.
+            configuration of the plans may hold others among its switches, which come first.
     """
 
     lesion_labels: Sequence[int] | None = None

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 
 from nnunetv2_smallseg.augmentation.lesion_targets import keep_lesions_in_targets
+from nnunetv2_smallseg.trainers.lesion_labels import LesionLabels
 
 __all__ = ["LesionTargets"]
 
 
-class LesionTargets:
+class LesionTargets(LesionLabels):
     """Mixin with the switch ``deep_supervision_targets``; stands before nnU-Net's trainer among the bases.
 
     Attributes:
         deep_supervision_targets: ``nearest`` takes the label of one voxel of every cell, as nnU-Net does; ``lesion``
-            the label that prevails in it, and every lesion keeps a cell (``downsample_labels``).
+            the label that prevails in it, and every lesion keeps a cell (``downsample_labels``). Lesions of every label
+            do; where some must give way, ``lesion_labels`` come first.
     """
 
     deep_supervision_targets: str = "nearest"
@@ -49,4 +51,5 @@ class LesionTargets:
             regions=labels.has_regions,
             ignore_label=labels.ignore_label,
             ignore_channel=labels.has_regions and labels.has_ignore_label,
+            priority=self.chosen_lesion_labels() or (),
         )
