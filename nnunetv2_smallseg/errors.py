@@ -1,6 +1,14 @@
 """Errors meant for users: each message says what was wrong, what is allowed and what to do next."""
 
-__all__ = ["CaseError", "CommandStopped", "DatasetError", "SmallSegError", "UsageError", "WeightsError"]
+__all__ = [
+    "CaseError",
+    "CommandStopped",
+    "DatasetError",
+    "SmallSegError",
+    "TrainingStopped",
+    "UsageError",
+    "WeightsError",
+]
 
 
 class SmallSegError(Exception):
@@ -34,3 +42,17 @@ class CommandStopped(SystemExit, SmallSegError):
     ``SystemExit``. Being a ``SmallSegError`` too, it is caught by ``except Exception`` when a trainer is used as a
     library.
     """
+
+
+class TrainingStopped(SystemExit):
+    """Ends a training that was asked to end, and the command it runs in, without a traceback.
+
+    No ``Exception``: ``except Exception`` around a training is for failures.
+    """
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(exit_status)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message

@@ -21,6 +21,7 @@ from nnunetv2_smallseg.augmentation.in_plane import blur_in_plane
 from nnunetv2_smallseg.errors import CommandStopped, SmallSegError
 from nnunetv2_smallseg.plans.configurations import is_volume, num_slices, resolve
 from nnunetv2_smallseg.plans.switches import SWITCHES, check_setting, training_settings
+from nnunetv2_smallseg.trainers.crash_safety import CrashSafety
 from nnunetv2_smallseg.trainers.lesion_targets import LesionTargets
 
 __all__ = ["SlabTrainer", "stop_on_user_error"]
@@ -44,7 +45,7 @@ def tolerate_unused_parameters(wrapped: DistributedDataParallel) -> DistributedD
     return DistributedDataParallel(wrapped.module, device_ids=wrapped.device_ids, find_unused_parameters=True)
 
 
-class SlabTrainer(LesionTargets, nnUNetTrainer):
+class SlabTrainer(LesionTargets, CrashSafety, nnUNetTrainer):
     """nnU-Net's own network and recipe, on slices (``2d``) and on slabs of slices (``2.5d``).
 
     The schedule (epochs and iterations) is nnU-Net's unless the plans say otherwise (``smallseg plan -num_epochs``).
