@@ -1,8 +1,8 @@
 """A training in a process of its own, which tests may kill, and what it leaves.
 
 Its trainer has everything at once that has to survive: curriculum, amplification, a frozen encoder, results of
-iterations that nnU-Net does not know, checkpoints after every iteration. Processes are forked from one that has imported everything, so that a
-start takes a fraction of a second.
+iterations that nnU-Net does not know, checkpoints after every iteration. Processes are forked from one that has
+imported everything, so that a start takes a fraction of a second.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from conftest import small_networks
 from nnunetv2.run.run_training import maybe_load_checkpoint
 
-from nnunetv2_smallseg.trainers import curriculum, nnUNetTrainerAHNet
+from nnunetv2_smallseg.trainers import curriculum, nnUNetTrainerAHNet, stop_requests
 from nnunetv2_smallseg.trainers.amplification import AmplificationMixin
 from nnunetv2_smallseg.trainers.curriculum import CurriculumMixin
 
@@ -47,33 +48,49 @@ class EverythingAtOnce(CurriculumMixin, AmplificationMixin, nnUNetTrainerAHNet):
         self.logger.log("seen_by_subclass", [output["mean"] for output in train_outputs], self.current_epoch)
 
 
-class SavedRarely(EverythingAtOnce):
-    """Leaves checkpoints to nnU-Net and to those who ask for them."""
+def ask_to_stop(trainer: type, method: str, call: int, request: str) -> None:
+    """Lets the process ask itself to stop during the given call, from 0, of a method of the trainer."""
+    inner, calls = getattr(trainer, method), []
 
-    checkpoint_every_minutes = None
+    def asking(self, *arguments):
+        calls.append(method)
+        if len(calls) == call + 1:
+            if request == "STOP":
+                Path(self.output_folder, "STOP").touch()
+            else:
+                os.kill(os.getpid(), getattr(signal, request))
+        return inner(self, *arguments)
 
-    def initialize(self) -> None:
-        super().initialize()
-        self._best_ema = 2.0  # never reached: no checkpoint of the best epoch
+    setattr(trainer, method, asking)
 
 
-def train(workspace, results: str, trainer: str, resume: bool, log: str, num_processes: int) -> None:
+def train(training: InterruptedTraining, resume: bool, request: tuple[str, int, str] | None) -> None:
     """What a child process does, as ``nnUNetv2_train`` would."""
-    with open(log, "a") as stream:
+    with open(training.folder / "log", "a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-    os.environ.update(workspace.environment)
-    os.environ.update(nnUNet_results=results, nnUNet_n_proc_DA=str(num_processes))
+    multiprocessing.set_start_method("fork", force=True)  # for workers, as in a command
+    os.setsid()  # signals to the group reach this process and its workers only
+    os.environ.update(training.workspace.environment)
+    os.environ.update(nnUNet_results=str(training.folder), nnUNet_n_proc_DA=str(training.num_processes))
     torch.set_num_threads(1)
     curriculum.draw_mean_weights = lambda *arguments: None
+    stop_requests.SECONDS_BETWEEN_LOOKS = 0
+    if request:
+        ask_to_stop(EverythingAtOnce, *request)
+    trainer = make(training.workspace, resume)
+    maybe_load_checkpoint(trainer, resume, False)
+    trainer.run_training()
+
+
+def make(workspace, resume: bool = False) -> EverythingAtOnce:
+    """The trainer on small patches of the phantom."""
     plans = copy.deepcopy(workspace.plans())
     plans["continue_training"] = resume
     plans["configurations"]["2d"] |= {
         "patch_size": [32, 32], "batch_size": 2, "network_options": small_networks(), "training": SCHEDULE,
     }  # fmt: skip
-    made = globals()[trainer](plans, "2d", 0, workspace.dataset_json(), torch.device("cpu"))
-    maybe_load_checkpoint(made, resume, False)
-    made.run_training()
+    return EverythingAtOnce(plans, "2d", 0, workspace.dataset_json(), torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -82,22 +99,20 @@ class InterruptedTraining:
 
     workspace: object
     folder: Path
-    trainer: str = "EverythingAtOnce"
     num_processes: int = 0
 
     @property
     def output(self) -> Path:
         """The folder of the checkpoints."""
-        dataset, plans = self.workspace.dataset, self.workspace.plans_name
-        return self.folder / dataset / f"{self.trainer}__{plans}__2d" / "fold_0"
+        plans = self.workspace.plans_name
+        return self.folder / self.workspace.dataset / f"{EverythingAtOnce.__name__}__{plans}__2d" / "fold_0"
 
-    def start(self, resume: bool = True) -> multiprocessing.Process:
-        """Starts or goes on, in a new process."""
+    def start(self, resume: bool = True, request: tuple[str, int, str] | None = None) -> multiprocessing.Process:
+        """Starts or goes on, in a new process; ``request`` as in ``ask_to_stop``."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["nnunetv2_smallseg.trainers", "nnunetv2.run.run_training"])
         self.folder.mkdir(exist_ok=True)
-        arguments = (self.workspace, str(self.folder), self.trainer, resume, str(self.folder / "log"))
-        process = context.Process(target=train, args=(*arguments, self.num_processes))
+        process = context.Process(target=train, args=(self, resume, request))
         process.start()
         return process
 

@@ -137,6 +137,7 @@ class CrashSafety(CheckpointState):
             "validation_step": self._around_validation_step,
             "on_epoch_end": self._around_epoch_end,
         }
+        former = {name: vars(self)[name] for name in wrappers if name in vars(self)}
         for name, wrapper in wrappers.items():
             setattr(self, name, partial(wrapper, getattr(self, name)))
         try:
@@ -144,6 +145,7 @@ class CrashSafety(CheckpointState):
         finally:
             for name in wrappers:
                 delattr(self, name)
+            vars(self).update(former)
 
     def _around_train_epoch_start(self, on_train_epoch_start: Callable[[], None]) -> None:
         on_train_epoch_start()
