@@ -82,6 +82,7 @@ def test_killed_trainings_end_as_if_they_had_not_been(nnunet_workspace, uninterr
     assert kill_and_go_on(training, 4, random.Random(1)) >= 3
     assert differences(uninterrupted, training.final()) == []
     assert "Going on after iteration" in training.log()
+    assert "damaged" not in training.log()
     assert not list(training.output.glob(".*")), "leftovers"
 
 
@@ -97,6 +98,7 @@ def test_thirty_kills(request, nnunet_workspace, uninterrupted, tmp_path, capsys
         trainings += 1
         within_writing += training.log().count("which a training left when it was killed")
         assert differences(uninterrupted, training.final()) == []
+        assert "damaged" not in training.log()
         assert not list(training.output.glob(".*"))
         shutil.rmtree(training.folder)
     with capsys.disabled():
