@@ -45,11 +45,14 @@ def test_spacing_tells_slabs_from_3d():
         ("num_epochs", True, "a positive integer"),
         ("deep_supervision_targets", "lesions", "'nearest' or 'lesion'"),
         ("deep_supervision_targets", None, "'nearest' or 'lesion'"),
+        ("checkpoint_every_minutes", 0, "a positive number of minutes"),
+        ("checkpoint_every_minutes", "10", "a positive number of minutes"),
+        ("seed", -1, "an integer of at least 0"),
     ],
 )
 def test_impossible_training_settings_are_refused(setting, value, allowed):
     assert training_settings(PLANAR, "2d") == {}
-    possible = {"num_epochs": 5, "deep_supervision_targets": "lesion"}
+    possible = {"num_epochs": 5, "deep_supervision_targets": "lesion", "checkpoint_every_minutes": 2.5, "seed": 0}
     assert training_settings({"training": possible}, "2d") == possible
     with pytest.raises(UsageError, match=f"'2d'.*{setting}.*{value!r}.*{allowed}"):
         training_settings({**PLANAR, "training": {setting: value}}, "2d")

@@ -1,4 +1,4 @@
-"""What the part ``training`` of a configuration may hold: the schedule, and the switches of our trainers.
+"""What the part ``training`` of a configuration may hold: schedule and switches of our trainers, and how they run.
 
 Each is an attribute of the trainers; this table says which values it may have, once for plans, command line, trainers
 and documentation.
@@ -6,13 +6,14 @@ and documentation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from nnunetv2_smallseg.errors import UsageError
 from nnunetv2_smallseg.plans.configurations import TRAINING_KEY
 
-__all__ = ["SCHEDULE", "SETTINGS", "SWITCHES", "Setting", "check_setting", "training_settings"]
+__all__ = ["RUNNING", "SCHEDULE", "SETTINGS", "SWITCHES", "Setting", "check_setting", "training_settings"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,14 @@ def _is_positive_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _is_none_or_minutes(value: object) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf)
+
+
+def _is_none_or_seed(value: object) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+
+
 def _one_of(option: str, description: str, *choices: str) -> Setting:
     """A name."""
     allowed = " or ".join(repr(choice) for choice in choices)
@@ -72,7 +81,26 @@ SWITCHES: Mapping[str, Setting] = {
     ),
 }
 
-SETTINGS: Mapping[str, Setting] = {**SCHEDULE, **SWITCHES}
+# How a training runs, whatever it trains.
+RUNNING: Mapping[str, Setting] = {
+    "checkpoint_every_minutes": Setting(
+        "-checkpoint_every_minutes",
+        "longest time without a checkpoint (default: 10)",
+        "a positive number of minutes, or None for nnU-Net's every 50 epochs",
+        _is_none_or_minutes,
+        kind=float,
+        metavar="MINUTES",
+    ),
+    "seed": Setting(
+        "-seed",
+        "number that weights and, without worker processes, data order and augmentation follow from (default: none)",
+        "an integer of at least 0, or None",
+        _is_none_or_seed,
+        kind=int,
+    ),
+}
+
+SETTINGS: Mapping[str, Setting] = {**SCHEDULE, **SWITCHES, **RUNNING}
 
 
 def check_setting(name: str, value: object, place: str) -> None:
@@ -88,7 +116,7 @@ def check_setting(name: str, value: object, place: str) -> None:
 
 
 def training_settings(configuration: Mapping, name: str) -> dict[str, object]:
-    """The schedule and the switches that a configuration asks for.
+    """The settings that a configuration asks for.
 
     Args:
         configuration: A configuration with inheritance resolved.

@@ -20,7 +20,7 @@ from nnunetv2_smallseg.architectures.slab import SlabNetwork
 from nnunetv2_smallseg.augmentation.in_plane import blur_in_plane
 from nnunetv2_smallseg.errors import CommandStopped, SmallSegError
 from nnunetv2_smallseg.plans.configurations import is_volume, num_slices, resolve
-from nnunetv2_smallseg.plans.switches import SWITCHES, check_setting, training_settings
+from nnunetv2_smallseg.plans.switches import RUNNING, SWITCHES, check_setting, training_settings
 from nnunetv2_smallseg.trainers.crash_safety import CrashSafety
 from nnunetv2_smallseg.trainers.lesion_targets import LesionTargets
 
@@ -72,7 +72,7 @@ class SlabTrainer(LesionTargets, CrashSafety, nnUNetTrainer):
             volume = self.accepts_volumes and is_volume(resolved)
             self.num_slices = None if volume else num_slices(resolved, configuration)
             settings = training_settings(resolved, configuration)
-            for name in SWITCHES:
+            for name in (*SWITCHES, *RUNNING):
                 check_setting(name, getattr(self, name), f"the trainer {type(self).__name__}")
         super().__init__(plans, configuration, fold, dataset_json, device)
         for name, value in settings.items():
