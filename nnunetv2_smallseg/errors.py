@@ -12,6 +12,7 @@ __all__ = [
     "CommandStopped",
     "DatasetError",
     "SmallSegError",
+    "TrainingStopped",
     "UsageError",
     "WeightsError",
     "did_you_mean",
@@ -51,6 +52,20 @@ class CommandStopped(SystemExit, SmallSegError):
     ``SystemExit``. Being a ``SmallSegError`` too, it is caught by ``except Exception`` when a trainer is used as a
     library.
     """
+
+
+class TrainingStopped(SystemExit):
+    """Ends a training that was asked to end, and the command it runs in, without a traceback.
+
+    No ``Exception``: ``except Exception`` around a training is for failures.
+    """
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(exit_status)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 @contextmanager

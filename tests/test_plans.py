@@ -52,11 +52,15 @@ def test_spacing_tells_slabs_from_3d():
         ("lesion_labels", [], "a list of labels above 0"),
         ("lesion_labels", [0], "a list of labels above 0"),
         ("lesion_labels", 2, "a list of labels above 0"),
+        ("checkpoint_every_minutes", 0, "a positive number of minutes"),
+        ("checkpoint_every_minutes", "10", "a positive number of minutes"),
+        ("seed", -1, "an integer of at least 0"),
     ],
 )
 def test_impossible_training_settings_are_refused(setting, value, allowed):
     assert training_settings(PLANAR, "2d") == {}
-    possible = {"num_epochs": 5, "deep_supervision_targets": "lesion", "lesion_jitter": 0, "lesion_labels": None}
+    possible = {"num_epochs": 5, "deep_supervision_targets": "lesion", "lesion_jitter": 0, "lesion_labels": None,
+                "checkpoint_every_minutes": 2.5, "seed": 0}  # fmt: skip
     assert training_settings({"training": possible}, "2d") == possible
     with pytest.raises(UsageError, match=f"'2d'.*{setting}.*{re.escape(repr(value))}.*{allowed}"):
         training_settings({**PLANAR, "training": {setting: value}}, "2d")
@@ -94,7 +98,8 @@ def test_planning_again_keeps_foreign_configurations(nnunet_workspace):
     plans["configurations"]["2d_big"] = {"inherits_from": "2d", "batch_size": 64}
     path.write_text(json.dumps(plans))
     finished = nnunet_workspace.run(
-        "smallseg", "plan", "-d", nnunet_workspace.dataset, "-plans_name", name, "-num_slices", 5, "-patch_size", 40, 70,
+        "smallseg", "plan", "-d", nnunet_workspace.dataset, "-plans_name", name, "-num_slices", 5,
+        "-patch_size", 40, 70,
         "-lesion_sampling", "size_bin", "-lesion_jitter", 0.25, "-lesion_labels", 1, "-num_epochs", 7
     )  # fmt: skip
     assert str(path) in finished.stdout

@@ -1,4 +1,4 @@
-"""What the part ``training`` of a configuration may hold: the schedule, and the switches of our trainers.
+"""What the part ``training`` of a configuration may hold: schedule and switches of our trainers, and how they run.
 
 Each is an attribute of the trainers; this table says which values it may have, once for plans, command line, trainers
 and documentation.
@@ -6,14 +6,23 @@ and documentation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from nnunetv2_smallseg.errors import UsageError
 from nnunetv2_smallseg.plans.configurations import TRAINING_KEY
 
-__all__ = ["LARGEST_NUMBER", "SCHEDULE", "SETTINGS", "SWITCHES", "Setting", "check_setting", "training_settings"]
-
+__all__ = [
+    "LARGEST_NUMBER",
+    "RUNNING",
+    "SCHEDULE",
+    "SETTINGS",
+    "SWITCHES",
+    "Setting",
+    "check_setting",
+    "training_settings",
+]
 
 # Beyond every number that makes sense here: a training of 10**20 epochs is a slip of the keyboard.
 LARGEST_NUMBER = 1_000_000
@@ -39,7 +48,7 @@ class Setting:
     allowed: str
     is_allowed: Callable[[object], bool]
     choices: tuple[str, ...] = ()
-    kind: type = str
+    kind: Callable[[str], object] = str
     metavar: str = "N"
     many: bool = False
 
@@ -55,6 +64,22 @@ def _is_positive_integer(value: object) -> bool:
 
 def _is_list_of_labels(value: object) -> bool:
     return isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_positive_integer, value))
+
+
+def _is_none_or_minutes(value: object) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf)
+
+
+def whole_number(text: str) -> int:
+    """For argparse, which names the function in its message: an integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
+def _is_none_or_seed(value: object) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
 
 
 def _one_of(option: str, description: str, *choices: str) -> Setting:
@@ -104,7 +129,26 @@ SWITCHES: Mapping[str, Setting] = {
     ),
 }
 
-SETTINGS: Mapping[str, Setting] = {**SCHEDULE, **SWITCHES}
+# How a training runs, whatever it trains.
+RUNNING: Mapping[str, Setting] = {
+    "checkpoint_every_minutes": Setting(
+        "-checkpoint_every_minutes",
+        "longest time without a checkpoint (default: 10)",
+        "a positive number of minutes, or None for nnU-Net's every 50 epochs",
+        _is_none_or_minutes,
+        kind=float,
+        metavar="MINUTES",
+    ),
+    "seed": Setting(
+        "-seed",
+        "number that weights and, without worker processes, data order and augmentation follow from (default: none)",
+        "an integer of at least 0, or None",
+        _is_none_or_seed,
+        kind=whole_number,
+    ),
+}
+
+SETTINGS: Mapping[str, Setting] = {**SCHEDULE, **SWITCHES, **RUNNING}
 
 
 def check_setting(name: str, value: object, place: str) -> None:
@@ -123,7 +167,7 @@ def check_setting(name: str, value: object, place: str) -> None:
 
 
 def training_settings(configuration: Mapping, name: str) -> dict[str, object]:
-    """The schedule and the switches that a configuration asks for.
+    """The settings that a configuration asks for.
 
     Args:
         configuration: A configuration with inheritance resolved.

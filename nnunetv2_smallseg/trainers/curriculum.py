@@ -9,10 +9,8 @@ into. What is done, and where it differs from the paper: ``docs/curriculum.md``;
 from __future__ import annotations
 
 import math
-import pickle
 from pathlib import Path
 
-import numpy as np
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
@@ -22,13 +20,13 @@ from torch import distributed, nn
 from torch._dynamo import OptimizedModule
 
 from nnunetv2_smallseg.data.curriculum import SIZE_GROUPS, Curriculum, lesion_fraction
-from nnunetv2_smallseg.files import replacing
 from nnunetv2_smallseg.losses.weighted import (
     SampleWeightedLoss,
     WeightedDice,
     WeightedDiceBCELoss,
     WeightedDiceCELoss,
 )
+from nnunetv2_smallseg.trainers.checkpoint_state import CheckpointState
 from nnunetv2_smallseg.trainers.curriculum_figure import draw_mean_weights
 from nnunetv2_smallseg.trainers.lesion_labels import LesionLabels
 from nnunetv2_smallseg.trainers.slabs import SlabTrainer, stop_on_user_error
@@ -38,10 +36,8 @@ __all__ = ["CurriculumMixin", "nnUNetTrainerCurriculum", "with_sample_weights"]
 STATE_KEY = "curriculum_state"
 SPREAD_KEY = "curriculum_spread"
 WEIGHT_KEYS = {group: f"curriculum_weight_{group.replace(' ', '_')}" for group in SIZE_GROUPS}
-
-# What nnU-Net's checkpoints hold besides tensors and plain Python values: numbers of its log as numpy scalars.
-_DTYPES = [np.dtype(name) for name in ("f2", "f4", "f8", "i4", "i8", "?")]
-CHECKPOINT_TYPES = [np.dtype, *map(type, _DTYPES), np.float64(0).__reduce__()[0]]
+# What a training step measured, in its result.
+MEASURED_KEY = "curriculum_measured"
 
 
 def with_sample_weights(
@@ -94,13 +90,7 @@ def with_sample_weights(
     return SampleWeightedLoss(weighted, wrapper)
 
 
-def _load(file: str | Path, **options: object) -> dict:
-    """A checkpoint on the CPU; ``pickle.UnpicklingError`` if it holds types that nnU-Net's do not."""
-    with torch.serialization.safe_globals(CHECKPOINT_TYPES):
-        return torch.load(file, map_location="cpu", weights_only=True, **options)
-
-
-class CurriculumMixin(LesionLabels):
+class CurriculumMixin(LesionLabels, CheckpointState):
     """Trains with a weight for each case; goes before the trainer it changes: ``class T(CurriculumMixin, Trainer)``.
 
     The trainer must have nnU-Net's loss. A batch is weighed from ``on_train_start`` on; validation never is.
@@ -174,10 +164,9 @@ class CurriculumMixin(LesionLabels):
         if self.curriculum is not None:
             self._epoch_weights = self.curriculum.weights(self.current_epoch / self.num_epochs)
             self._weight_table = torch.tensor(self._epoch_weights, dtype=torch.float32, device=self.device)
-            self._measured = []
 
     def train_step(self, batch: dict) -> dict:
-        """nnU-Net's training step with the weights of the batch's cases.
+        """nnU-Net's training step with the weights of the batch's cases; the result holds what it measured, too.
 
         Raises:
             KeyError: If a sample comes from none of the training cases.
@@ -190,21 +179,21 @@ class CurriculumMixin(LesionLabels):
             result = super().train_step(batch)
         finally:
             self.loss.weights = None
-        self._measured.append((indices, *self.loss.measured))
-        return result
+        return {**result, MEASURED_KEY: (indices, *self.loss.measured)}
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Takes in the measured losses of all processes and logs the weights of this epoch."""
-        super().on_train_epoch_end(train_outputs)
+        # nnU-Net takes numbers only.
+        numbers = [{key: value for key, value in output.items() if key != MEASURED_KEY} for output in train_outputs]
+        super().on_train_epoch_end(numbers)
         if self.curriculum is None:
             return
         observations = [
             (self.curriculum.keys[index], loss)
-            for indices, losses, lesion in self._measured
+            for indices, losses, lesion in (output[MEASURED_KEY] for output in train_outputs)
             for index, loss, measured in zip(indices, losses.tolist(), lesion.tolist(), strict=True)
             if measured
         ]
-        self._measured = []
         self.curriculum.observe(entry for part in self._gather(observations) for entry in part)
         self._log_weights()
 
@@ -228,35 +217,16 @@ class CurriculumMixin(LesionLabels):
             history = {name: self.logger.get_value(WEIGHT_KEYS[name], step=None) for name in self.curriculum.groups}
             draw_mean_weights(Path(self.output_folder, "curriculum.png"), history, self.num_epochs)
 
-    def save_checkpoint(self, filename: str) -> None:
-        """nnU-Net's checkpoint with ``curriculum_state`` added; prediction does not look at it."""
-        super().save_checkpoint(filename)
-        if self.local_rank != 0 or self.disable_checkpointing or self.curriculum is None:
-            return
-        try:
-            content = _load(filename)
-        except pickle.UnpicklingError as error:
-            self.print_to_log_file(
-                f"Curriculum: {filename} holds unexpected types and is left without state of the curriculum, so that a "
-                f"training resumed from it starts from the lesion sizes: {error}"
-            )
-            return
-        with replacing(Path(filename)) as temporary:
-            torch.save({**content, STATE_KEY: self.curriculum.state_dict()}, temporary)
+    def checkpoint_state(self) -> dict:
+        """The running losses of the cases, too."""
+        state = super().checkpoint_state()
+        return state if self.curriculum is None else {**state, STATE_KEY: self.curriculum.state_dict()}
 
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """nnU-Net's, and the state of the curriculum for ``on_train_start``."""
-        super().load_checkpoint(filename_or_checkpoint)
+    def restore_checkpoint_state(self, state: dict) -> None:
+        """Keeps the state of the curriculum for ``on_train_start``."""
+        super().restore_checkpoint_state(state)
         self._resumed = True
-        if isinstance(filename_or_checkpoint, dict):
-            self._restored_state = filename_or_checkpoint.get(STATE_KEY)
-            return
-        try:
-            # Nothing but the state is read from the disk here.
-            self._restored_state = _load(filename_or_checkpoint, mmap=True).get(STATE_KEY)
-        except (pickle.UnpicklingError, RuntimeError) as error:  # foreign types, or a format that cannot be mapped
-            self._restored_state = None
-            self.print_to_log_file(f"Curriculum: the state in {filename_or_checkpoint} cannot be read: {error}")
+        self._restored_state = state.get(STATE_KEY)
 
 
 class nnUNetTrainerCurriculum(CurriculumMixin, SlabTrainer):

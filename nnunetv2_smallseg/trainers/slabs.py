@@ -20,8 +20,9 @@ from nnunetv2_smallseg.architectures.slab import SlabNetwork
 from nnunetv2_smallseg.augmentation.in_plane import blur_in_plane
 from nnunetv2_smallseg.errors import stop_on_user_error
 from nnunetv2_smallseg.plans.configurations import check_configuration, is_volume, num_slices, resolve
-from nnunetv2_smallseg.plans.switches import SWITCHES, check_setting, training_settings
+from nnunetv2_smallseg.plans.switches import RUNNING, SWITCHES, check_setting, training_settings
 from nnunetv2_smallseg.trainers.checkpoint_fit import explain_misfits
+from nnunetv2_smallseg.trainers.crash_safety import CrashSafety
 from nnunetv2_smallseg.trainers.finite_loss import FiniteLoss
 from nnunetv2_smallseg.trainers.input_checks import InputChecks
 from nnunetv2_smallseg.trainers.lesion_sampling import LesionSampling
@@ -39,7 +40,7 @@ def tolerate_unused_parameters(wrapped: DistributedDataParallel) -> DistributedD
     return DistributedDataParallel(wrapped.module, device_ids=wrapped.device_ids, find_unused_parameters=True)
 
 
-class SlabTrainer(InputChecks, FiniteLoss, LesionSampling, LesionTargets, nnUNetTrainer):
+class SlabTrainer(InputChecks, FiniteLoss, LesionSampling, LesionTargets, CrashSafety, nnUNetTrainer):
     """nnU-Net's own network and recipe, on slices (``2d``) and on slabs of slices (``2.5d``).
 
     The schedule (epochs and iterations) is nnU-Net's unless the plans say otherwise (``smallseg plan -num_epochs``).
@@ -67,7 +68,7 @@ class SlabTrainer(InputChecks, FiniteLoss, LesionSampling, LesionTargets, nnUNet
             volume = self.accepts_volumes and is_volume(resolved)
             self.num_slices = None if volume else num_slices(resolved, configuration)
             settings = training_settings(resolved, configuration)
-            for name in SWITCHES:
+            for name in (*SWITCHES, *RUNNING):
                 check_setting(name, getattr(self, name), f"the trainer {type(self).__name__}")
         super().__init__(plans, configuration, fold, dataset_json, device)
         for name, value in settings.items():
