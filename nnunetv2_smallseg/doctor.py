@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunetv2_smallseg import registry
-from nnunetv2_smallseg.environment import EXTENSION_VARIABLE, contains_extension, extension_folder
+from nnunetv2_smallseg.environment import EXTENSION_VARIABLE, contains_extension, extension_folder, split_folders
 from nnunetv2_smallseg.errors import WeightsError
+from nnunetv2_smallseg.files import strangers_can_write
 
 __all__ = ["CHECKS", "Row", "exit_status", "run_checks"]
 
@@ -185,6 +186,23 @@ def check_folders() -> list[Row]:
     ]
 
 
+def check_strangers() -> list[Row]:
+    """Other users of the machine cannot change what nnU-Net runs as this user: trainers, and pickled checkpoints."""
+    folders = dict.fromkeys(split_folders(os.environ.get(EXTENSION_VARIABLE)), EXTENSION_VARIABLE)
+    if results := os.environ.get("nnUNet_results"):
+        folders[results] = "nnUNet_results"
+    return [
+        Row(
+            f"trust in {variable}",
+            WARNING,
+            f"other users can write into {folder}, and nnU-Net runs what it finds there",
+            f"chmod o-w '{folder}', or use a folder of your own (docs/trust.md)",
+        )
+        for folder, variable in folders.items()
+        if strangers_can_write(Path(folder))
+    ]
+
+
 def check_extension() -> list[Row]:
     """``nnUNet_extTrainer`` names our folder."""
     value = os.environ.get(EXTENSION_VARIABLE)
@@ -290,8 +308,12 @@ def check_weights() -> list[Row]:
         users = ", ".join(trainer.name for trainer in registry.trainers().values() if trainer.weights == entry.name)
         if replacement:
             if Path(replacement).expanduser().is_file():
-                message = f"{replacement} is used instead, set by {entry.variable}; its checksum is not compared"
-                rows.append(Row(check, INFO, message, f"unset {entry.variable} to use the published file"))
+                problem = store.check_file(Path(replacement).expanduser(), entry)
+                if problem is None:
+                    rows.append(Row(check, OK, f"{replacement}, set by {entry.variable}"))
+                    continue
+                message = f"{replacement}, set by {entry.variable}, is used and is not the published file: {problem}"
+                rows.append(Row(check, WARNING, message, f"unset {entry.variable} to use the published file"))
             else:
                 message = f"{replacement}, set by {entry.variable}, does not exist"
                 rows.append(Row(check, FAILURE, message, f"correct or unset {entry.variable}"))
@@ -315,6 +337,7 @@ CHECKS: dict[str, Callable[[], list[Row]]] = {
     "folders": check_folders,
     EXTENSION_VARIABLE: check_extension,
     "trainers": check_trainers,
+    "trust": check_strangers,
     "scan back ends": check_scans,
     "weights": check_weights,
 }

@@ -147,7 +147,7 @@ def smallseg(*arguments: object) -> int:
         (("-d", 991, "-num_slices", 4), 2, "4, but must be odd"),
         (("-d", 991, "-plans_name", "nnUNetPlans"), 2, "choose another -plans_name"),
         (("-d", 991, "-patch_size", 0, 64), 2, "not a positive number"),
-        (("-d", 991, "-patchsize", 64, 64), 2, "unrecognized arguments"),
+        (("-d", 991, "-patchsize", 64, 64), 2, "Did you mean -patch_size?"),
         ((), 2, "required: -d"),
     ],
 )

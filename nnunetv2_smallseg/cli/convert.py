@@ -117,7 +117,11 @@ def run_convert(entry: registry.Converter, arguments: argparse.Namespace) -> int
     for problem in report["failed"]:
         print(f"failed: {problem['name']} ({problem['subset']}): {problem['reason']}", file=sys.stderr)
     if report["failed"]:
-        print(f"{len(report['failed'])} failed; all are listed in {outcome.folder / engine.REPORT}", file=sys.stderr)
+        print(
+            f"{len(report['failed'])} failed; all are listed in {outcome.folder / engine.REPORT}. Mend or replace "
+            "their files and start the same command again: finished cases are kept.",
+            file=sys.stderr,
+        )
         return 1
     print(f"next:\n  nnUNetv2_extract_fingerprint -d {arguments.d} --verify_dataset_integrity")
     return 0
@@ -156,7 +160,10 @@ def run_check(number: int) -> int:
                 found += 1
                 print(difference, file=sys.stderr)
     if found:
-        print(f"{folder}: {found} differences", file=sys.stderr)
+        print(
+            f"{folder}: {found} differences. Bring the named files back, or convert again with --overwrite",
+            file=sys.stderr,
+        )
         return 1
     print(f"{folder}: {len(report['cases'])} cases as reported")
     return 0

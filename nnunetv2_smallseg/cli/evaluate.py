@@ -112,6 +112,12 @@ def run(arguments: argparse.Namespace) -> int:
     from nnunetv2_smallseg.evaluation.run import evaluate_folders
 
     patients = read_patients(Path(arguments.patients)) if arguments.patients else None
+    images = Path(arguments.images) if arguments.images else None
+    if not arguments.no_report:
+        from nnunetv2_smallseg.evaluation.folder_report import check_report_inputs, report_folders
+
+        if not arguments.chill:
+            check_report_inputs(Path(arguments.ref), images=images, patients=patients)
     evaluation = evaluate_folders(
         Path(arguments.ref),
         prediction_folders(arguments.pred),
@@ -134,9 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
         chill=arguments.chill,
     )
     if not arguments.no_report:
-        from nnunetv2_smallseg.evaluation.folder_report import report_folders
-
-        report_folders(evaluation, images=Path(arguments.images) if arguments.images else None, patients=patients)
+        report_folders(evaluation, images=images, patients=patients)
     protocol = {name: result["summary"] for name, result in (evaluation.protocol or {}).items()}
     if arguments.json:
         content = {

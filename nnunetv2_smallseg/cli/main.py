@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from nnunetv2_smallseg import __version__
 from nnunetv2_smallseg.cli import convert, demo, doctor, env, evaluate, fingerprint, plan, trainers, weights
-from nnunetv2_smallseg.errors import SmallSegError
+from nnunetv2_smallseg.errors import SmallSegError, did_you_mean, of_the_system
 
 __all__ = ["build_parser", "main"]
 
@@ -20,7 +20,8 @@ COMMANDS = (env, doctor, demo, convert, plan, fingerprint, weights, trainers, ev
 class ExactParser(argparse.ArgumentParser):
     """A parser that takes options by their full name only, so that a mistyped one fails.
 
-    ``allow_abbrev=False`` covers options with two dashes; nnU-Net's long options have one.
+    ``allow_abbrev=False`` covers options with two dashes; nnU-Net's long options have one. What is not known is refused
+    by the sub-command it was given to, with the nearest name.
     """
 
     def __init__(self, *arguments, **options) -> None:
@@ -28,6 +29,23 @@ class ExactParser(argparse.ArgumentParser):
 
     def _get_option_tuples(self, option_string: str) -> list:
         return []
+
+    def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
+        """Parses; there is no such thing as an unknown argument that is passed on."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            hint = did_you_mean(unknown[0], self._option_string_actions) if unknown[0].startswith("-") else ""
+            self.error(
+                f"unknown argument{'s' * (len(unknown) > 1)}: {' '.join(unknown)}.{hint} See {self.prog} --help."
+            )
+        return namespace, unknown
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(str(value), map(str, action.choices))
+            raise
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,6 +80,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SmallSegError as error:
         print(f"smallseg {parsed.command}: error: {error}", file=sys.stderr)
         return error.exit_status
+    except OSError as error:
+        # A full disk, missing permissions, a file where a folder should be: no fault of ours, but the user's to mend.
+        print(f"smallseg {parsed.command}: error: {of_the_system(error)}", file=sys.stderr)
+        return SmallSegError.exit_status
+    except MemoryError:
+        print(f"smallseg {parsed.command}: error: there is not enough memory: close other programs, or use fewer "
+              "processes (-np) where the command has that option", file=sys.stderr)  # fmt: skip
+        return SmallSegError.exit_status
     except KeyboardInterrupt:
         print(f"smallseg {parsed.command}: interrupted", file=sys.stderr)
         return 130

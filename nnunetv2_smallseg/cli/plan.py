@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from nnunetv2_smallseg.plans.switches import SETTINGS
+from nnunetv2_smallseg.plans.switches import LARGEST_NUMBER, SETTINGS
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_parser", "positive_integer", "run"]
 
 
 def positive_integer(text: str) -> int:
-    """For argparse: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    """For argparse: an integer from 1 to a million."""
+    if not text.strip().isdecimal() or not 1 <= int(text) <= LARGEST_NUMBER:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number: use a whole number from 1 to a million")
+    return int(text)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -47,7 +46,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         parser.add_argument(
             setting.option,
             dest=name,
-            type=setting.kind,
+            type=positive_integer if setting.kind is int else setting.kind,
             choices=setting.choices or None,
             nargs="+" if setting.many else None,
             metavar=None if setting.choices else setting.metavar,

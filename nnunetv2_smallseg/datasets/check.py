@@ -9,11 +9,19 @@ from pathlib import Path
 import numpy as np
 
 from nnunetv2_smallseg.datasets.archives import Source
-from nnunetv2_smallseg.datasets.engine import JOURNAL, REPORT, SPLITS, file_sha256, label_counts, raw_folder
+from nnunetv2_smallseg.datasets.engine import (
+    JOURNAL,
+    REPORT,
+    SPLITS,
+    file_of_report,
+    file_sha256,
+    label_counts,
+    raw_folder,
+)
 from nnunetv2_smallseg.datasets.pictures import read_picture
 from nnunetv2_smallseg.datasets.splits import patients_on_both_sides
 from nnunetv2_smallseg.datasets.volumes import GIBIBYTE, Volume, read_volume, same_geometry
-from nnunetv2_smallseg.errors import CaseError, DatasetError, UsageError
+from nnunetv2_smallseg.errors import DatasetError, UsageError
 
 __all__ = ["check_dataset", "differences"]
 
@@ -38,9 +46,14 @@ def check_dataset(number: int) -> tuple[Path, dict]:
             "else, or was interrupted; then start it again with the same command"
         )
     try:
-        return folders[0], json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DatasetError(f"{path} cannot be read: {error}") from error
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(report["cases"], dict):
+            raise ValueError("its cases are no object")
+        return folders[0], report
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{path} was changed and cannot be read ({error!r}): bring it back, or convert again with --overwrite"
+        ) from error
 
 
 def differences(folder: Path, report: dict) -> Iterator[str | None]:
@@ -48,8 +61,10 @@ def differences(folder: Path, report: dict) -> Iterator[str | None]:
     for name, record in report["cases"].items():
         try:
             problems = list(_case_differences(folder, record))
-        except (CaseError, KeyError) as error:
+        except DatasetError as error:
             problems = [str(error)]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            problems = [f"its entry in {REPORT} was changed ({error!r})"]
         yield f"{name}: {'; '.join(problems)}" if problems else None
     problems = list(_dataset_differences(folder, report))
     yield "; ".join(problems) if problems else None
@@ -57,7 +72,7 @@ def differences(folder: Path, report: dict) -> Iterator[str | None]:
 
 def _case_differences(folder: Path, record: dict) -> Iterator[str]:
     for name, facts in record["files"].items():
-        path = folder / name
+        path = file_of_report(folder, name)
         if not path.is_file():
             yield f"{name} is missing"
             return
@@ -65,7 +80,8 @@ def _case_differences(folder: Path, record: dict) -> Iterator[str]:
             yield f"{name} is not the file that was written"
     names = list(record["files"])
     images = [_read(folder / name) for name in names if name.startswith("images")]
-    label = _read(folder / next(name for name in names if name.startswith("labels")))
+    [label_name] = [name for name in names if name.startswith("labels")]
+    label = _read(folder / label_name)
     if list(label.array.shape) != record["shape"]:
         yield f"the label has the shape {list(label.array.shape)}, reported {record['shape']}"
     for image in images:
@@ -108,8 +124,12 @@ def _dataset_differences(folder: Path, report: dict) -> Iterator[str]:
         yield f"dataset.json cannot be read: {error}"
     training = {name: record["patient"] for name, record in report["cases"].items() if not record["test"]}
     if (folder / SPLITS).is_file():
-        splits = json.loads((folder / SPLITS).read_text(encoding="utf-8"))
-        unknown = sorted({case for split in splits for side in split.values() for case in side} - set(training))
+        try:
+            splits = json.loads((folder / SPLITS).read_text(encoding="utf-8"))
+            unknown = sorted({case for split in splits for side in split.values() for case in side} - set(training))
+        except (ValueError, TypeError, AttributeError) as error:
+            yield f"{SPLITS} cannot be read: {error}"
+            return
         if unknown:
             yield f"{SPLITS} names cases that are not there: {', '.join(unknown[:5])}"
         else:

@@ -48,6 +48,7 @@ __all__ = [
     "case_identifier",
     "convert",
     "dataset_folder",
+    "file_of_report",
     "file_sha256",
     "label_counts",
     "lesion_sizes",
@@ -418,11 +419,15 @@ def _difference(known: dict, settings: dict) -> str:
 
 def _remove_files(folder: Path, record: dict) -> None:
     for name in record["files"]:
-        _inside(folder, name).unlink(missing_ok=True)
+        file_of_report(folder, name).unlink(missing_ok=True)
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """A file of a data set that a report names; never one elsewhere."""
+def file_of_report(folder: Path, name: str) -> Path:
+    """A file of a data set that a report names.
+
+    Raises:
+        DatasetError: If the name leads elsewhere.
+    """
     if not re.fullmatch(r"(images|labels)T[rs]/[A-Za-z0-9][A-Za-z0-9._+-]*", name):
         raise DatasetError(f"{folder / REPORT} names a file {name!r}, which no converter writes: it was changed")
     return folder / name
@@ -430,7 +435,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 def _is_complete(folder: Path, record: dict) -> bool:
     for name, facts in record["files"].items():
-        path = _inside(folder, name)
+        path = file_of_report(folder, name)
         if not path.is_file() or path.stat().st_size != facts["bytes"]:
             return False
     return True

@@ -64,7 +64,9 @@ def _open(source: Source):
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is our own
             image = Image.open(io.BytesIO(content))
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-        raise CaseError(f"{source} is no image that can be read: {error}") from error
+        # Pillow's own message names an object in memory.
+        reason = "its content is that of no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise CaseError(f"{source} is no image that can be read: {reason}") from error
     if image.width * image.height > MAX_PIXELS:
         raise CaseError(f"{source} claims {image.width} x {image.height} pixels; the limit is {MAX_PIXELS:,}")
     if getattr(image, "n_frames", 1) != 1:

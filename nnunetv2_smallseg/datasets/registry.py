@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from nnunetv2_smallseg.errors import UsageError
+from nnunetv2_smallseg.errors import UsageError, did_you_mean
 
 __all__ = ["CONVERTERS", "OPTIONS", "Converter", "Option", "converter", "names"]
 
@@ -247,4 +247,7 @@ def converter(name: str) -> Converter:
     for entry in CONVERTERS:
         if entry.name == name:
             return entry
-    raise UsageError(f"no converter is called {name!r}. Known: {', '.join(names())}. See `smallseg convert --list`.")
+    raise UsageError(
+        f"no converter is called {name!r}.{did_you_mean(name, names())} Known: {', '.join(names())}. See `smallseg "
+        "convert --list`."
+    )

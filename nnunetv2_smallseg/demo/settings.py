@@ -5,7 +5,6 @@ The defaults are chosen together with the phantom: two CPU cores finish in a few
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import re
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from nnunetv2_smallseg import registry
 from nnunetv2_smallseg.environment import split_folders
-from nnunetv2_smallseg.errors import SmallSegError, UsageError
+from nnunetv2_smallseg.errors import SmallSegError, UsageError, did_you_mean
 
 __all__ = ["DemoSettings", "check_trainer", "resolve_device", "trains_by_plan"]
 
@@ -101,9 +100,9 @@ def check_trainer(name: str, extension_folders: str | None) -> None:
             # Such a folder may define its trainers or import them, as ours does.
             known += re.findall(r"\b[A-Za-z]\w*Trainer\w*", file.read_text(encoding="utf-8", errors="replace"))
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f" Did you mean {nearest[0]}?" if nearest else ""
-        raise UsageError(f"there is no trainer {name!r} (-tr).{hint} `smallseg trainers` lists ours.")
+        raise UsageError(
+            f"there is no trainer {name!r} (-tr).{did_you_mean(name, known, 0.5)} `smallseg trainers` lists ours."
+        )
 
 
 def resolve_device(device: str) -> str:

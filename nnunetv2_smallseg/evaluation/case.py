@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,7 @@ class Settings:
         for name in ("panoptic_iou", "candidate_threshold"):
             if not 0 < getattr(self, name) < 1:
                 raise UsageError(f"{name} lies between 0 and 1, not {getattr(self, name)}")
-        if not self.tolerance_mm >= 0:
+        if not 0 <= self.tolerance_mm < math.inf:
             raise UsageError(f"the tolerance is 0 mm or more, not {self.tolerance_mm}")
         if self.both_empty not in BOTH_EMPTY_RULES:
             raise UsageError(f"both_empty is one of {', '.join(BOTH_EMPTY_RULES)}, not {self.both_empty!r}")

@@ -12,7 +12,7 @@ from nnunetv2_smallseg.evaluation.resampling import Resampling
 from nnunetv2_smallseg.evaluation.result_tables import ResultTables, Units
 from nnunetv2_smallseg.evaluation.run import Evaluation
 
-__all__ = ["report_folders"]
+__all__ = ["check_report_inputs", "report_folders"]
 
 # Settings shown at the head of the page, by what they are called there.
 SHOWN_SETTINGS = {
@@ -23,6 +23,29 @@ SHOWN_SETTINGS = {
     "Connectivity": "connectivity",
     "Limits of the size bins (mm)": "diameter_limits_mm",
 }
+
+
+def check_report_inputs(
+    reference: Path, *, images: Path | None = None, patients: Mapping[str, str] | None = None
+) -> None:
+    """Checks what ``report_folders`` will need, before anything is evaluated.
+
+    Args:
+        reference: Folder of the reference.
+        images: Folder of the images; None without.
+        patients: Case -> patient; None without.
+    Raises:
+        EvaluationError: If a case has no image.
+        SmallSegError: If a case has no patient.
+    """
+    cases = list(label_files(reference))
+    Resampling(patients=patients).groups(cases)
+    if images is None:
+        return
+    if not images.is_dir():
+        raise EvaluationError(f"{images} is not a folder: give the folder of the images (-images), or leave it out")
+    for case in cases:
+        image_file(images, case)
 
 
 def report_folders(

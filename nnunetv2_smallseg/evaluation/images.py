@@ -18,15 +18,18 @@ from nnunetv2_smallseg.errors import SmallSegError
 
 __all__ = [
     "FILE_ENDINGS",
+    "VOLUME_ENDINGS",
     "EvaluationError",
     "LabelImage",
     "check_geometry",
+    "file_ending",
     "image_file",
     "label_files",
     "read_image",
     "read_labels",
 ]
 
+# These hold a spacing themselves.
 VOLUME_ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
 PICTURE_ENDINGS = (".png", ".bmp")
 TIFF_ENDINGS = (".tif", ".tiff")
@@ -198,8 +201,8 @@ def _read_volume(path: Path) -> LabelImage:
     if np.issubdtype(array.dtype, np.floating) and path.name.lower().endswith((".nii", ".nii.gz")):
         import nibabel
 
-        # SimpleITK turns NaN of NIfTI files into 0 without a word.
-        _check_no_nan(np.asanyarray(nibabel.load(path).dataobj), path)
+        # SimpleITK turns NaN and infinite values of NIfTI files into 0 without a word.
+        _check_finite(np.asanyarray(nibabel.load(path).dataobj), path)
     return LabelImage(
         path=path,
         array=_whole_numbers(array, path),
@@ -238,9 +241,11 @@ def _read_picture(path: Path, ending: str, spacing: Sequence[float] | None) -> L
     )
 
 
-def _check_no_nan(array: np.ndarray, path: Path) -> None:
-    if np.isnan(array).any():
-        raise EvaluationError(f"{path} holds NaN: a label map holds whole numbers from 0; find out what wrote it")
+def _check_finite(array: np.ndarray, path: Path) -> None:
+    if not np.isfinite(array).all():
+        raise EvaluationError(
+            f"{path} holds NaN or infinite values: a label map holds whole numbers from 0; find out what wrote it"
+        )
 
 
 def _whole_numbers(array: np.ndarray, path: Path) -> np.ndarray:
@@ -248,7 +253,7 @@ def _whole_numbers(array: np.ndarray, path: Path) -> np.ndarray:
     if array.dtype == bool:
         return array.view(np.uint8)
     if np.issubdtype(array.dtype, np.floating):
-        _check_no_nan(array, path)
+        _check_finite(array, path)
         rounded = np.rint(array)
         if not np.array_equal(rounded, array):
             value = array[rounded != array].flat[0]

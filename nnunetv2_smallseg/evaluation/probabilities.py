@@ -6,6 +6,7 @@ nnU-Net writes them with ``--save_probabilities``: ``<case>.npz`` with the array
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,10 +46,12 @@ def read_probabilities(path: Path, num_channels: int, shape: tuple[int, ...]) ->
     if not path.is_file():
         raise EvaluationError(f"{path} is missing: predict with --save_probabilities, or leave out --probabilities")
     try:
-        with np.load(path) as content:
+        with np.load(path, allow_pickle=False) as content:
             array = content["probabilities"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise EvaluationError(f"{path} holds no array 'probabilities' ({error}): predict anew") from error
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        # numpy takes anything that is no archive for a pickle, and advises to load it as one: never do.
+        reason = "it is no archive of numpy" if not zipfile.is_zipfile(path) else str(error)
+        raise EvaluationError(f"{path} holds no array 'probabilities' ({reason}): predict anew") from error
     if array.ndim == len(shape) + 2 and array.shape[1] == 1:  # nnU-Net keeps an axis Z of 1 for pictures
         array = array[:, 0]
     if array.shape != (num_channels, *shape):

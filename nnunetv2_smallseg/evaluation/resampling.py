@@ -109,12 +109,14 @@ def read_patients(file: Path) -> dict[str, str]:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise SmallSegError(f"{file} cannot be read ({error.strerror}). Give {allowed}.") from None
+    except UnicodeDecodeError:
+        raise SmallSegError(f"{file} is no text in UTF-8. Give {allowed}.") from None
     try:
         if file.suffix.lower() == ".json":
             pairs = [(case, patient) for key, value in json.loads(text).items() for case, patient in _pairs(key, value)]
         else:
             pairs = [(row["case"], row["patient"]) for row in csv.DictReader(text.splitlines())]
-    except (AttributeError, KeyError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, csv.Error):
         raise SmallSegError(f"{file} does not say which patient a case belongs to. Allowed is {allowed}.") from None
     patients: dict[str, str] = {}
     for case, patient in ((str(case), str(patient)) for case, patient in pairs):

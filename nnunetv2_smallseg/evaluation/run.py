@@ -12,7 +12,7 @@ from typing import Any
 from nnunetv2_smallseg import __version__
 from nnunetv2_smallseg.errors import UsageError
 from nnunetv2_smallseg.evaluation.case import CaseResult, CaseTask, Settings, evaluate_case, occurring_labels
-from nnunetv2_smallseg.evaluation.images import EvaluationError, label_files
+from nnunetv2_smallseg.evaluation.images import VOLUME_ENDINGS, EvaluationError, file_ending, label_files
 from nnunetv2_smallseg.evaluation.regions import LabelScheme, scheme_from_dataset_json, scheme_from_labels
 from nnunetv2_smallseg.evaluation.tables import LESION_COLUMNS, nnunet_summary, region_summary, write_csv
 from nnunetv2_smallseg.files import write_json
@@ -98,9 +98,18 @@ def evaluate_folders(
         if not re.fullmatch(r"[\w.+-]+", name):
             raise UsageError(f"{name!r} cannot name a prediction: use letters, digits and . + - _")
     reference, output = Path(reference), Path(output)
+    _check_output(output)
+    wrong = [label for label in (*(labels or ()), *(() if ignore_label is None else (ignore_label,))) if label < 0]
+    if wrong:
+        raise UsageError(f"{wrong[0]} is no label (-l, -il): labels are whole numbers from 0")
     predictions = {name: Path(folder) for name, folder in predictions.items()}
     files, skipped = {}, {}
     reference_files = label_files(reference)
+    if settings.spacing is not None and all(file_ending(path) in VOLUME_ENDINGS for path in reference_files.values()):
+        raise UsageError(
+            f"the spacing {tuple(settings.spacing)} (-spacing) is for PNG, BMP and TIFF: the files in {reference} hold "
+            "their own; leave it out, or correct their headers"
+        )
     instance_files = label_files(Path(instances)) if instances is not None else None
     for name, folder in predictions.items():
         files[name] = label_files(folder)
@@ -146,6 +155,13 @@ def evaluate_folders(
         "probabilities": with_probabilities,
         "protocol": protocol,
     }, skipped)  # fmt: skip
+
+
+def _check_output(output: Path) -> None:
+    """Raises ``UsageError`` if no folder can be made there: better now than after hours of evaluation."""
+    existing = next((path for path in (output, *output.parents) if path.exists()), output)
+    if not existing.is_dir():
+        raise UsageError(f"the results cannot be written to {output}: {existing} is a file; choose another folder (-o)")
 
 
 def _collect(

@@ -42,7 +42,7 @@ def diameter_bins(limits_mm: Sequence[float] = DIAMETER_LIMITS_MM) -> list[str]:
     Raises:
         UsageError: If the limits do not ascend from above 0.
     """
-    if not limits_mm or any(high <= low for low, high in zip((0, *limits_mm), limits_mm, strict=False)):
+    if not limits_mm or any(not low < high < math.inf for low, high in zip((0, *limits_mm), limits_mm, strict=False)):
         raise UsageError(f"limits of size groups have to ascend from above 0, not {list(limits_mm)}")
     inner = [f"{low:g}-{high:g} mm" for low, high in itertools.pairwise(limits_mm)]
     return [f"<{limits_mm[0]:g} mm", *inner, f">={limits_mm[-1]:g} mm"]

@@ -27,6 +27,7 @@ from nnunetv2_smallseg.trainers import (
     nnUNetTrainerSwinUMambaDScratch,
     nnUNetTrainerSwinUMambaScratch,
 )
+from nnunetv2_smallseg.trainers.unknown import refuse_unknown_name as __getattr__  # noqa: F401 - the hint for misspelt names
 
 __all__ = [
     "nnUNetTrainerAHNet",

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import platformdirs
 import torch
 
+from nnunetv2_smallseg.files import strangers_can_write
+
 __all__ = ["KernelStore", "Kernels", "unavailable"]
 
 _logger = logging.getLogger(__name__)
@@ -110,7 +112,9 @@ class KernelStore:
         return kernels
 
     def folder(self, dtype: torch.dtype) -> Path | None:
-        """The folder for compiled kernels of one type, or None if it cannot be written.
+        """The folder for compiled kernels of one type, or None if we cannot write there or strangers can.
+
+        What numba finds there it unpickles and runs.
 
         It is in ``NUMBA_CACHE_DIR``, if set, or else in the user's cache folder. Its name tells source code, numba and
         processor, so processes that share it write equal files: numba numbers its files, and two processes that compile
@@ -127,6 +131,10 @@ class KernelStore:
         folder = Path(base) / "scan_kernels" / name
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            for place in (folder, folder.parent):
+                if strangers_can_write(place):
+                    _logger.warning("Compiled scan kernels in %s are not used: other users can write there.", place)
+                    return None
             with tempfile.TemporaryFile(dir=folder):
                 return folder
         except OSError:

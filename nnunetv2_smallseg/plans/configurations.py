@@ -6,13 +6,15 @@ shared, the preprocessed data included. The spacing tells it from nnU-Net's 3D c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
-from nnunetv2_smallseg.errors import SmallSegError, UsageError
+from nnunetv2_smallseg.errors import SmallSegError, UsageError, did_you_mean
 
 __all__ = [
     "NETWORK_OPTIONS_KEY",
     "TRAINING_KEY",
+    "check_configuration",
     "check_num_slices",
     "is_volume",
     "network_options",
@@ -55,7 +57,12 @@ def resolve(plans: Mapping, name: str) -> dict:
     Raises:
         SmallSegError: If the plans have no configuration of that name.
     """
-    configurations = plans["configurations"]
+    configurations = plans.get("configurations")
+    if not configurations:
+        raise SmallSegError(
+            f"the plans {plans.get('plans_name', '')} hold no configurations: plans of nnU-Net 1 and damaged files "
+            "cannot be used. Write new ones by: smallseg plan -d DATASET"
+        )
     if name not in configurations:
         hint = (
             " Data sets of single images have no slices to stack: use 2d."
@@ -64,11 +71,40 @@ def resolve(plans: Mapping, name: str) -> dict:
         )
         raise SmallSegError(
             f"the plans {plans.get('plans_name')} have no configuration {name!r}, only {', '.join(configurations)}."
+            + did_you_mean(name, configurations)
             + hint
         )
     configuration = dict(configurations[name])
     parent = configuration.pop("inherits_from", None)
-    return configuration if parent is None else {**resolve(plans, parent), **configuration}
+    if parent is None:
+        return configuration
+    # Without this one, a circle of inheritance ends at a name that is not there.
+    others = {other: content for other, content in configurations.items() if other != name}
+    return {**resolve({**plans, "configurations": others}, parent), **configuration}
+
+
+def check_configuration(configuration: Mapping, name: str) -> None:
+    """Checks the numbers everything else relies on.
+
+    Args:
+        configuration: A configuration with inheritance resolved.
+        name: Its name, for messages.
+    Raises:
+        SmallSegError: If patch, spacing or batch size are missing or no positive numbers.
+    """
+    lengths = {"patch_size": (2, 3), "spacing": (2, 3), "batch_size": (1,)}
+    for key, allowed in lengths.items():
+        value = configuration.get(key)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        numbers = int if key != "spacing" else (int, float)
+        if len(values) not in allowed or not all(
+            isinstance(number, numbers) and 0 < number < math.inf for number in values
+        ):
+            expected = "a positive number" if allowed == (1,) else "two or three positive numbers"
+            raise SmallSegError(
+                f"the configuration {name!r} of the plans has the {key} {value!r}, but {expected} must stand there: "
+                "write new plans by smallseg plan -d DATASET"
+            )
 
 
 def is_volume(configuration: Mapping) -> bool:

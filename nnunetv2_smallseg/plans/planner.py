@@ -10,7 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from batchgenerators.utilities.file_and_folder_operations import load_json
@@ -19,9 +19,10 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
-from nnunetv2_smallseg.errors import SmallSegError, UsageError
+from nnunetv2_smallseg.errors import SmallSegError, UsageError, did_you_mean
 from nnunetv2_smallseg.files import write_json
 from nnunetv2_smallseg.plans.configurations import TRAINING_KEY, check_num_slices, slab_configuration
+from nnunetv2_smallseg.plans.inputs import check_fingerprint, check_plans_name, check_raw_dataset, read_object
 from nnunetv2_smallseg.plans.switches import check_setting
 
 __all__ = ["DEFAULT_NUM_SLICES", "DEFAULT_PLANS_NAME", "SmallSegPlanner", "plan_dataset"]
@@ -124,10 +125,11 @@ def plan_dataset(
     """
     if num_slices is not None:
         check_num_slices(num_slices)
+    check_plans_name(plans_name)
     for setting, value in (training or {}).items():
         check_setting(setting, value, "the call")
     for variable in (paths.nnUNet_raw, paths.nnUNet_preprocessed):
-        if not variable.is_set():
+        if not variable.get():
             raise SmallSegError(
                 f"the environment variable {variable.env_var_name} is not set: export it as the folder nnU-Net uses, "
                 f"e.g. export {variable.env_var_name}=/data/{variable.env_var_name}"
@@ -141,9 +143,13 @@ def plan_dataset(
             f"{name} has no fingerprint yet ({preprocessed / 'dataset_fingerprint.json'} is missing): first run "
             f"nnUNetv2_extract_fingerprint -d {int(name[7:10])} --verify_dataset_integrity"
         )
+    check_raw_dataset(raw)
+    fingerprint = check_fingerprint(preprocessed / "dataset_fingerprint.json", int(name[7:10]))
+    _check_slab(num_slices, fingerprint)
     target = preprocessed / f"{plans_name}.json"
     if target.is_file():
-        planner_used = load_json(str(target)).get("experiment_planner_used")
+        old = read_object(target, ("configurations",), "Remove it, or choose another -plans_name.")
+        planner_used = old.get("experiment_planner_used")
         if planner_used != SmallSegPlanner.__name__:
             raise UsageError(
                 f"{target} was written by {planner_used}, not by smallseg plan, and is left as it is: choose another "
@@ -153,9 +159,10 @@ def plan_dataset(
         raise SmallSegError(
             "nnUNet_n_proc_DA is 0, with which nnU-Net's planner fails: unset it for planning, or set it to 1 or more"
         )
-    chatter = io.StringIO()  # nnU-Net prints its plans, 3D ones included, on stdout
+    # nnU-Net prints its plans, 3D ones included, and a traceback for each reader that does not read the images.
+    chatter = io.StringIO()
     try:
-        with redirect_stdout(chatter):
+        with redirect_stdout(chatter), redirect_stderr(chatter):
             planner = SmallSegPlanner(
                 name,
                 plans_name,
@@ -165,6 +172,10 @@ def plan_dataset(
                 training=training,
             )
             plans = planner.plan_experiment()
+    except RuntimeError as error:
+        if "Unable to determine a reader" not in str(error):
+            raise
+        raise SmallSegError(f"nnU-Net cannot read the images of {name}: {error} Replace the damaged file.") from error
     except AssertionError as error:
         raise SmallSegError(
             f"splits_final.json in {raw} and in {preprocessed} hold different folds: delete the one you do not want"
@@ -179,10 +190,32 @@ def _dataset_name(dataset: str | int) -> str:
     try:
         name = maybe_convert_to_dataset_name(dataset)
     except (RuntimeError, ValueError) as error:
-        raise UsageError(
-            f"there is no data set {dataset!r}: give the number or the full name of a folder DatasetXXX_Name in "
-            f"{paths.nnUNet_raw.get()}"
-        ) from error
+        if "More than one dataset name" in str(error):
+            raise SmallSegError(
+                f"several data sets have the number {dataset} in nnUNet_raw, nnUNet_preprocessed or nnUNet_results: "
+                "rename all but one, or remove what is left of old ones"
+            ) from error
+        raise UsageError(_unknown_dataset(dataset)) from error
     if not (Path(paths.nnUNet_raw) / name).is_dir():
-        raise UsageError(f"there is no data set {name!r} in {paths.nnUNet_raw.get()}")
+        raise UsageError(_unknown_dataset(dataset))
     return name
+
+
+def _unknown_dataset(dataset: str | int) -> str:
+    """What to say about a data set that is not there."""
+    raw = Path(paths.nnUNet_raw)
+    known = sorted(folder.name for folder in raw.glob("Dataset[0-9][0-9][0-9]_*"))
+    hint = did_you_mean(str(dataset), known) or did_you_mean(f"Dataset000_{dataset}", known)
+    return (
+        f"there is no data set {str(dataset)!r} in {raw}.{hint} Give the number or the full name of a folder "
+        f"DatasetXXX_Name; there are {', '.join(known[:10]) or 'none'}{' and more' * (len(known) > 10)}"
+    )
+
+
+def _check_slab(num_slices: int | None, fingerprint: Mapping) -> None:
+    """Raises ``UsageError`` for slabs with more slices than any volume of the data set has along any axis."""
+    largest = max((max(shape) for shape in fingerprint["shapes_after_crop"]), default=0)
+    if num_slices is not None and num_slices > max(largest, DEFAULT_NUM_SLICES):
+        raise UsageError(
+            f"-num_slices {num_slices}: no volume of this data set has more than {largest} slices; 3 or 5 are usual"
+        )

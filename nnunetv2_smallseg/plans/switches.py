@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from nnunetv2_smallseg.errors import UsageError
+from nnunetv2_smallseg.errors import UsageError, did_you_mean
 from nnunetv2_smallseg.plans.configurations import TRAINING_KEY
 
-__all__ = ["SCHEDULE", "SETTINGS", "SWITCHES", "Setting", "check_setting", "training_settings"]
+__all__ = ["LARGEST_NUMBER", "SCHEDULE", "SETTINGS", "SWITCHES", "Setting", "check_setting", "training_settings"]
+
+# Beyond every number that makes sense here: a training of 10**20 epochs is a slip of the keyboard.
+LARGEST_NUMBER = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,11 @@ class Setting:
 
 def _number(option: str, description: str) -> Setting:
     """A positive integer."""
-    return Setting(option, description, "a positive integer", _is_positive_integer, kind=int)
+    return Setting(option, description, "a positive integer up to a million", _is_positive_integer, kind=int)
 
 
 def _is_positive_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_NUMBER
 
 
 def _one_of(option: str, description: str, *choices: str) -> Setting:
@@ -95,7 +98,7 @@ def check_setting(name: str, value: object, place: str) -> None:
     if name not in SETTINGS:
         raise UsageError(
             f"{place} has {name}: {value!r} under {TRAINING_KEY!r}, but only these may stand there: "
-            f"{', '.join(SETTINGS)}; smallseg plan --help says what they are"
+            f"{', '.join(SETTINGS)}.{did_you_mean(name, SETTINGS)} smallseg plan --help says what they are"
         )
     setting = SETTINGS[name]
     if not setting.is_allowed(value):

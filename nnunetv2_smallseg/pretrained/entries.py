@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nnunetv2_smallseg.errors import UsageError
+from nnunetv2_smallseg.errors import UsageError, did_you_mean
 
 __all__ = ["ENTRIES", "WeightEntry", "entry", "names"]
 
@@ -152,5 +152,6 @@ def entry(name: str) -> WeightEntry:
         if weights.name == name:
             return weights
     raise UsageError(
-        f"no weights are called '{name}'. Known names: {', '.join(names())}. `smallseg weights list` describes them."
+        f"no weights are called '{name}'.{did_you_mean(name, names(), 0.4)} Known names: {', '.join(names())}. "
+        "`smallseg weights list` describes them."
     )

@@ -6,8 +6,8 @@ putting the file into the folder by hand.
 
 Environment:
     SMALLSEG_WEIGHTS: Folder of the weight files, in place of the user's cache folder.
-    SMALLSEG_WEIGHTS_<NAME>: Another file to use for the entry <NAME> (upper case). Its checksum is not compared,
-        because it is another file on purpose; whether it fits the network is checked as for any other.
+    SMALLSEG_WEIGHTS_<NAME>: Another file to use for the entry <NAME> (upper case). If it is not the published one, a
+        warning says so and gives its checksum; whether it fits the network is checked as for any other.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def resolve(name: str, file: str | os.PathLike | None = None) -> Path:
             the weights folder.
 
     Returns:
-        ``file`` or the variable's file, existing but with unknown contents; else the published file, verified.
+        ``file`` or the variable's file, which may be another than the published one, as a warning then says; else the
+        published file, verified.
 
     Raises:
         UsageError: If no entry is called ``name``.
@@ -117,7 +118,14 @@ def resolve(name: str, file: str | os.PathLike | None = None) -> Path:
             f"weight file {chosen} ({origin} in place of '{name}') does not exist or cannot be reached. Correct the "
             f"path, or leave it out to use the published file ({path(name)})."
         )
-    logger.warning("using weight file %s, %s in place of '%s'; its checksum is not compared", chosen, origin, name)
+    problem = check_file(chosen, weights)
+    if problem is None:
+        logger.info("weight file %s, %s, is the published file of '%s'", chosen, origin, name)
+    else:
+        logger.warning(
+            "weight file %s, %s, is NOT the published file of '%s': %s. It is used all the same, because you asked for "
+            "it: be sure where it comes from.", chosen, origin, name, problem
+        )  # fmt: skip
     return chosen
 
 
@@ -189,7 +197,7 @@ def check_file(file: Path, weights: WeightEntry) -> str | None:
 def _difference(size: int, sha256: str, weights: WeightEntry) -> str | None:
     """How size and checksum differ from those of ``weights``; None if they do not."""
     if size != weights.size_bytes:
-        return f"it has {size} bytes and should have {weights.size_bytes}"
+        return f"it has {size} bytes and should have {weights.size_bytes} (its sha256 is {sha256})"
     if not sha256.startswith(weights.sha256):
         more = "..." if len(weights.sha256) < len(sha256) else ""
         return f"its sha256 is {sha256} and should be {weights.sha256}{more} (stated by {weights.sha256_source})"
@@ -213,7 +221,7 @@ def _download(url: str, partial: Path, weights: WeightEntry) -> str | None:
     digest, size = hashlib.sha256(), 0
     # disable=None: no bar when stderr is a file, as in batch jobs.
     bar = tqdm(total=weights.size_bytes, unit="B", unit_scale=True, desc=weights.file_name, disable=None)
-    with response, partial.open("wb") as stream, bar:
+    with response, partial.open("xb") as stream, bar:
         # A body that is too long cannot be right: stop before it fills the disk.
         while size <= weights.size_bytes:
             try:

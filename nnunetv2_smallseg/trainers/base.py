@@ -11,10 +11,12 @@ from torch import nn
 
 from nnunetv2_smallseg.architectures.segmentation_network import SegmentationNetwork
 from nnunetv2_smallseg.architectures.slab import SlabNetwork
+from nnunetv2_smallseg.errors import stop_on_user_error
 from nnunetv2_smallseg.plans.configurations import network_options, num_slices
 from nnunetv2_smallseg.pretrained.load import load_pretrained
+from nnunetv2_smallseg.trainers.checkpoint_fit import explain_misfits
 from nnunetv2_smallseg.trainers.schedules import CosineSchedule
-from nnunetv2_smallseg.trainers.slabs import SlabTrainer, stop_on_user_error
+from nnunetv2_smallseg.trainers.slabs import SlabTrainer
 
 __all__ = ["SmallSegTrainer", "network_builder"]
 
@@ -48,7 +50,7 @@ def network_builder(network_class: type[SegmentationNetwork], **options: object)
         network = network_class(
             num_input_channels * slices, num_output_channels * slices, enable_deep_supervision, **{**options, **planned}
         )
-        return network if slices == 1 else SlabNetwork(network, slices)
+        return explain_misfits(network if slices == 1 else SlabNetwork(network, slices))
 
     return build_network_architecture
 

@@ -19,8 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunetv2_smallseg.architectures.slab import SlabNetwork
 from nnunetv2_smallseg.augmentation.in_plane import blur_in_plane
 from nnunetv2_smallseg.errors import stop_on_user_error
-from nnunetv2_smallseg.plans.configurations import is_volume, num_slices, resolve
+from nnunetv2_smallseg.plans.configurations import check_configuration, is_volume, num_slices, resolve
 from nnunetv2_smallseg.plans.switches import SWITCHES, check_setting, training_settings
+from nnunetv2_smallseg.trainers.checkpoint_fit import explain_misfits
+from nnunetv2_smallseg.trainers.finite_loss import FiniteLoss
+from nnunetv2_smallseg.trainers.input_checks import InputChecks
 from nnunetv2_smallseg.trainers.lesion_sampling import LesionSampling
 from nnunetv2_smallseg.trainers.lesion_targets import LesionTargets
 
@@ -36,7 +39,7 @@ def tolerate_unused_parameters(wrapped: DistributedDataParallel) -> DistributedD
     return DistributedDataParallel(wrapped.module, device_ids=wrapped.device_ids, find_unused_parameters=True)
 
 
-class SlabTrainer(LesionSampling, LesionTargets, nnUNetTrainer):
+class SlabTrainer(InputChecks, LesionSampling, LesionTargets, FiniteLoss, nnUNetTrainer):
     """nnU-Net's own network and recipe, on slices (``2d``) and on slabs of slices (``2.5d``).
 
     The schedule (epochs and iterations) is nnU-Net's unless the plans say otherwise (``smallseg plan -num_epochs``).
@@ -60,6 +63,7 @@ class SlabTrainer(LesionSampling, LesionTargets, nnUNetTrainer):
         # Before nnU-Net creates the output folder: a wrong configuration must leave nothing behind.
         with stop_on_user_error():
             resolved = resolve(plans, configuration)
+            check_configuration(resolved, configuration)
             volume = self.accepts_volumes and is_volume(resolved)
             self.num_slices = None if volume else num_slices(resolved, configuration)
             settings = training_settings(resolved, configuration)
@@ -88,7 +92,7 @@ class SlabTrainer(LesionSampling, LesionTargets, nnUNetTrainer):
             num_output_channels * slices,
             enable_deep_supervision,
         )
-        return network if slices == 1 else SlabNetwork(network, slices)
+        return explain_misfits(network if slices == 1 else SlabNetwork(network, slices))
 
     @property
     def is_slab(self) -> bool:
