@@ -6,6 +6,7 @@ stands for the world's folder. To add one, write ``Wrong(name, command, says, ..
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import errno
 import fnmatch
@@ -807,9 +808,11 @@ def test_plans_from_before_nnunet_2_2_still_train(world):
     plans = {**json.loads(world.plans.read_text()), "continue_training": False}
     dataset_json = json.loads((world.preprocessed / "dataset.json").read_text())
     for name in (TRAINER, "nnUNetTrainerAmplification"):
-        trainer = getattr(nnunetv2_smallseg.trainers, name)(dict(plans), "2.5d", 0, dataset_json, torch.device("cpu"))
         with pytest.warns(UserWarning, match="old nnU-Net plans format"):
-            trainer.initialize()
+            trainer = getattr(nnunetv2_smallseg.trainers, name)(
+                copy.deepcopy(plans), "2.5d", 0, dataset_json, torch.device("cpu")
+            )
+        trainer.initialize()
 
 
 def test_main_does_not_hide_our_own_mistakes(monkeypatch, capsys):
