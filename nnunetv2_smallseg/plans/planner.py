@@ -125,6 +125,7 @@ def plan_dataset(
     """
     if num_slices is not None:
         check_num_slices(num_slices)
+    check_plans_name(plans_name)
     for setting, value in (training or {}).items():
         check_setting(setting, value, "the call")
     check_plans_name(plans_name)
