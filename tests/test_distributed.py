@@ -6,13 +6,14 @@ import copy
 import json
 import os
 import socket
+import sys
 import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import small_networks
+from conftest import shrink_networks
 from torch import distributed, multiprocessing
 
 from nnunetv2_smallseg import registry, trainers
@@ -133,6 +134,7 @@ class Nothing:
 
 
 def one_process(rank: int, port: int, names: list[str], plans: dict, dataset_json: dict, folder: str) -> None:
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
     torch.set_num_threads(1)
     base.load_pretrained = lambda *arguments, **options: Nothing
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=NUM_PROCESSES)
@@ -158,8 +160,7 @@ def test_every_trainer_in_two_processes(nnunet_folders, tmp_path):
     plans = nnunet_folders.plans()
     plans["configurations"]["2d"].update(batch_size=NUM_PROCESSES, patch_size=[32, 32])
     plans["configurations"]["2.5d"]["patch_size"] = [3, 32, 32]
-    for settings in plans["configurations"].values():
-        settings["network_options"] = small_networks()
+    shrink_networks(plans)
     names = list(registry.trainers())
     try:
         multiprocessing.spawn(
