@@ -33,7 +33,7 @@ from nnunetv2_smallseg.trainers.several_processes import SeveralProcesses
 __all__ = ["build_parser", "main"]
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-TORCHRUN = "torchrun --nproc_per_node 2 -m nnunetv2_smallseg.run_distributed 901 2.5d 0 -tr TRAINER -p PLANS"
+TORCHRUN = "torchrun --standalone --nproc_per_node 2 -m nnunetv2_smallseg.run_distributed 901 2d 0 -tr TRAINER -p PLANS"
 # How long a process waits for the others: the first one may prepare data meanwhile, or export a large case.
 TIMEOUT = timedelta(hours=2)
 # How long a new file may take to be seen by other computers.

@@ -94,6 +94,15 @@ def small_networks() -> dict[str, dict]:
     return {name: dict(network.small) for name, network in registry.networks().items() if network.small}
 
 
+def shrink_networks(plans: dict) -> None:
+    """Makes every trainer build a small network from these plans: ours, and nnU-Net's own with eight channels."""
+    for configuration in plans["configurations"].values():
+        configuration["network_options"] = small_networks()
+        if "architecture" in configuration:
+            network = configuration["architecture"]["arch_kwargs"]
+            network["features_per_stage"] = [8] * network["n_stages"]
+
+
 def run_command(*command: object, environment: dict[str, str] | None = None, status: int = 0):
     """Runs a command installed beside the Python interpreter; fails with its output unless it exits with ``status``."""
     program, *arguments = [str(part) for part in command]

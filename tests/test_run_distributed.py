@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
-import shlex
 import socket
 import subprocess
 import sys
@@ -17,19 +17,13 @@ from conftest import ROOT, shrink_networks
 from nnunetv2.run import run_training
 from torch import distributed
 
-from nnunetv2_smallseg import run_distributed
+from nnunetv2_smallseg import run_distributed, trainers
 from nnunetv2_smallseg.errors import SmallSegError
 
 PLANS_NAME = "nnUNetDistributedPlans"
 PAGE = (ROOT / "docs" / "distributed.md").read_text()
-TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
-
-
-def documented(mark: str) -> list[list[str]]:
-    """The commands below a mark of the page, as words."""
-    block = re.search(rf"<!-- commands: {mark} -->\n```bash\n(.*?)```", PAGE, re.DOTALL)[1]
-    lines = block.replace("\\\n", " ").splitlines()
-    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+# With batch normalisations.
+TRAINER = "nnUNetTrainerSTSNetNoAmplification"
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +59,7 @@ REQUIRED = ["901", "2.5d", "0"]
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        ([], 2, r"not started by torchrun \(RANK, .*\n  torchrun --nproc_per_node 2 -m nnunetv2_smallseg"),
+        ([], 2, r"not started by torchrun \(RANK, .*\n  torchrun --standalone --nproc_per_node 2 -m nnunetv2_smallseg"),
         (["-num_gpus", "2"], 2, r"-num_gpus 2 has no meaning here.*--nproc_per_node"),
         (["--c", "--val"], 2, "--c and --val exclude each other"),
         (["--c", "-pretrained_weights", "x.pth"], 2, "--c and -pretrained_weights exclude each other"),
@@ -113,7 +107,7 @@ def test_a_folder_that_another_computer_does_not_see(monkeypatch, tmp_path):
     run_distributed._check_folder_is_shared(tmp_path)
 
 
-def write_plans(workspace, num_epochs: int) -> None:
+def write_plans(workspace, num_epochs: int) -> dict:
     """Plans of a short training, one sample for each of two processes."""
     plans = {**workspace.plans(), "plans_name": PLANS_NAME}
     plans["configurations"]["2d"].update(
@@ -124,105 +118,121 @@ def write_plans(workspace, num_epochs: int) -> None:
     plans["configurations"]["2.5d"]["patch_size"] = [3, 32, 32]
     shrink_networks(plans)
     (workspace.preprocessed / f"{PLANS_NAME}.json").write_text(json.dumps(plans))
+    return plans
 
 
-def start(workspace, words: list[str], tmp_path, trainer: str, **replacements: str) -> subprocess.Popen:
-    """Starts a command of the page with the workspace's data, on the CPU."""
-    values = {"torchrun": TORCHRUN, "901": str(workspace.number), "TRAINER": trainer, "PLANS": PLANS_NAME}
-    values |= replacements
+def run_documented(
+    mark: str, workspace, tmp_path, status: int = 0, programs: Path | None = None, **changes: str
+) -> str:
+    """Runs a block of commands of the page in bash, with the words of ``changes`` replaced; returns what they print."""
+    block = re.search(rf"<!-- commands: {mark} -->\n```bash\n(.*?)```", PAGE, re.DOTALL)[1]
+    for written, replacement in {"901": str(workspace.number), "PLANS": PLANS_NAME, **changes}.items():
+        assert written in block
+        block = block.replace(written, replacement)
+    folders = [str(programs)] if programs else []
     environment = {
         **workspace.environment,
+        "PATH": os.pathsep.join([*folders, str(Path(sys.executable).parent), os.environ["PATH"]]),
         "nnUNet_results": str(tmp_path / "results"),
         "nnUNet_n_proc_DA": "0",
         "OMP_NUM_THREADS": "1",
     }
-    return subprocess.Popen(
-        [*(values.get(word, word) for word in words), "-device", "cpu"],
+    finished = subprocess.run(
+        ["bash", "-ec", block],
         env=environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        timeout=500,
     )
+    assert (finished.returncode == 0) is (status == 0), finished.stdout[-8000:]
+    return finished.stdout
 
 
-def finish(process: subprocess.Popen, status: int = 0) -> str:
-    output, _ = process.communicate(timeout=500)
-    assert (process.returncode == 0) is (status == 0), output[-8000:]
-    return output
+# Slurm, as far as the script asks for it: two nodes, each of which is this computer.
+SLURM = {
+    "scontrol": "echo 127.0.0.1\n",
+    "srun": """\
+export SLURM_NNODES=2 SLURM_GPUS_ON_NODE=1
+SLURM_NODEID=0 "$@" & first=$!
+SLURM_NODEID=1 "$@" > "$0.second" 2>&1 & second=$!
+wait $first && wait $second
+""",
+}
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def test_one_computer_then_two(nnunet_workspace, tmp_path):
-    """The page's commands: two processes on one computer, then weights of that on two computers with one each.
+def test_one_computer_then_two(nnunet_workspace, tmp_path, monkeypatch):
+    """The page's commands, from given weights and then on from the checkpoint.
 
     The network has batch normalisations, and one of the processes has no case to validate.
     """
-    trainer = "nnUNetTrainerSTSNetNoAmplification"
-    folder = tmp_path / "results" / nnunet_workspace.dataset / f"{trainer}__{PLANS_NAME}__2.5d"
-    [one_computer] = documented("one computer")
-    write_plans(nnunet_workspace, 1)
-    output = finish(start(nnunet_workspace, one_computer, tmp_path, trainer))
+    plans = write_plans(nnunet_workspace, 1)
+    for name, value in nnunet_workspace.environment.items():
+        if name.startswith("nnUNet_"):
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "elsewhere"))
+    alone = getattr(trainers, TRAINER)(
+        {**plans, "continue_training": False}, "2.5d", 0, nnunet_workspace.dataset_json(), torch.device("cpu")
+    )
+    alone.initialize()
+    alone.save_checkpoint(str(tmp_path / "weights.pth"))
+    given = alone.network.state_dict()
+
+    folder = tmp_path / "results" / nnunet_workspace.dataset / f"{TRAINER}__{PLANS_NAME}__2.5d" / "fold_0"
+    options = f"{TRAINER} -device cpu -pretrained_weights {tmp_path / 'weights.pth'} --npz"
+    output = run_documented("one computer", nnunet_workspace, tmp_path, TRAINER=options)
     for rank in (0, 1):
         assert f"worker {rank} batch_size 1" in output
-    assert output.count("Validation complete") == 1  # by the first process only
-    assert len(list((folder / "fold_0").glob("training_log_*.txt"))) == 1
-    assert (folder / "fold_0" / "validation" / "summary.json").is_file()
-    first = torch.load(folder / "fold_0" / "checkpoint_final.pth", weights_only=False, map_location="cpu")
+    assert output.count("Mean Validation Dice") == 1  # by the first process only
+    assert len(list(folder.glob("training_log_*.txt"))) == 1
+    assert len(list((folder / "validation").glob("*.npz"))) == 1
+    first = torch.load(folder / "checkpoint_final.pth", weights_only=False, map_location="cpu")
     assert first["current_epoch"] == 1
+    moves = [
+        float((first["network_weights"][name] - tensor).abs().max())
+        for name, tensor in given.items()
+        if ".seg_layers." not in name and name in dict(alone.network.named_parameters())
+    ]
+    assert 0 < max(moves) < 0.02  # two steps away from the given weights, not from random ones
 
-    port = free_port()
-    weights = tmp_path / "weights.pth"
-    (folder / "fold_0" / "checkpoint_final.pth").rename(weights)
-    [words] = documented("several computers")
-    options = ["-pretrained_weights", str(weights), "--npz"]
-    processes = [
-        start(
-            nnunet_workspace, [*words, *options], tmp_path, trainer,
-            **{"2": "1", "$NODE": str(node), "$FIRST": "127.0.0.1", "29500": port, "$NODES": "2"},
-        )
-        for node in (0, 1)
-    ]  # fmt: skip
-    outputs = [finish(process) for process in processes]
-    assert "worker 0 batch_size 1" in outputs[0]
-    assert "worker 1 batch_size 1" in outputs[1]
-    assert [output.count("Validation complete") for output in outputs] == [1, 0]
-    assert len(list((folder / "fold_0").glob("training_log_*.txt"))) == 2
-    assert list((folder / "fold_0" / "validation").glob("*.npz"))
-    assert not list((folder / "fold_0").glob(".shared_*"))
-    second = torch.load(folder / "fold_0" / "checkpoint_final.pth", weights_only=False, map_location="cpu")
-    start_of_second, end_of_first = second["network_weights"], first["network_weights"]
-    moved = 0.0
-    for name, tensor in end_of_first.items():
-        if ".seg_layers." not in name and tensor.is_floating_point() and "running" not in name:
-            moved = max(moved, float((start_of_second[name] - tensor).abs().max()))
-    assert 0 < moved < 0.05  # two steps away from the given weights, not from random ones
+    write_plans(nnunet_workspace, 2)
+    for name, script in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}")
+        (tmp_path / name).chmod(0o755)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    changes = {"29500": port, "TRAINER": f"{TRAINER} -device cpu"}
+    output = run_documented("slurm", nnunet_workspace, tmp_path, programs=tmp_path, **changes)
+    second_output = (tmp_path / "srun.second").read_text()
+    assert "worker 0 batch_size 1" in output
+    assert "worker 1 batch_size 1" in second_output
+    for printed in (output, second_output):
+        assert "Epoch 1" in printed
+        assert "Epoch 0" not in printed
+    assert [printed.count("Mean Validation Dice") for printed in (output, second_output)] == [1, 0]
+    assert len(list(folder.glob("training_log_*.txt"))) == 2
+    assert not list(folder.glob(".shared_*"))
+    second = torch.load(folder / "checkpoint_final.pth", weights_only=False, map_location="cpu")
+    assert second["current_epoch"] == 2
 
 
 def test_a_process_that_fails_ends_all(nnunet_workspace, tmp_path):
     """Only the first process reads the weights; the second waits for it."""
     write_plans(nnunet_workspace, 1)
-    weights = tmp_path / "weights.pth"
-    weights.write_bytes(b"not a checkpoint")
-    [words] = documented("one computer")
-    options = ["-pretrained_weights", str(weights)]
-    output = finish(start(nnunet_workspace, [*words, *options], tmp_path, "nnUNetTrainerHUNet"), status=1)
-    assert "UnpicklingError" in output or "could not read" in output
-    assert re.search(r"rank *: 0", output)  # torchrun's report: who failed first
+    (tmp_path / "weights.pth").write_bytes(b"not a checkpoint")
+    options = f"nnUNetTrainerHUNet -device cpu -pretrained_weights {tmp_path / 'weights.pth'}"
+    output = run_documented("one computer", nnunet_workspace, tmp_path, status=1, TRAINER=options)
+    assert "UnpicklingError" in output
+    assert re.search(r"Root Cause.*rank *: 0", output, re.DOTALL)
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_on_gpus(nnunet_workspace, tmp_path):
-    number = min(2, torch.cuda.device_count())
     write_plans(nnunet_workspace, 1)
-    [words] = documented("one computer")
-    words = [str(number) if word == "2" else word for word in words]
-    trainer = "nnUNetTrainerSTSNetNoAmplification"
-    output = finish(start(nnunet_workspace, [*words, "-device", "cuda"], tmp_path, trainer))
-    assert output.count("Validation complete") == 1
+    number = min(2, torch.cuda.device_count())
+    changes = {"--nproc_per_node 2": f"--nproc_per_node {number}", "TRAINER": TRAINER}
+    output = run_documented("one computer", nnunet_workspace, tmp_path, **changes)
+    assert output.count("Mean Validation Dice") == 1
