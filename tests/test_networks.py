@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import importlib
 import itertools
+import os
+import shutil
 
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 
 from nnunetv2_smallseg import registry
 from nnunetv2_smallseg.architectures.slab import SlabNetwork
@@ -16,8 +19,8 @@ NETWORKS = list(registry.networks().values())
 every_network = pytest.mark.parametrize("entry", NETWORKS, ids=lambda entry: entry.name)
 
 
-def build(entry: registry.Network, channels: int = 1, classes: int = 3, **options) -> torch.nn.Module:
-    torch.manual_seed(0)
+def build(entry: registry.Network, channels: int = 1, classes: int = 3, seed: int = 0, **options) -> torch.nn.Module:
+    torch.manual_seed(seed)
     return getattr(importlib.import_module(entry.module), entry.name)(channels, classes, **options)
 
 
@@ -141,17 +144,41 @@ def test_wrong_inputs_name_what_was_wrong(entry):
             network(torch.empty(2, 32, 32))
 
 
+def check_autocast(network_options: dict, entry: registry.Network, dtype: torch.dtype, seeds: range, device="cpu"):
+    for seed, scale in itertools.product(seeds, (1e-3, 1.0, 1e3)):
+        network = build(entry, seed=seed, **network_options).to(device)
+        image = scale * torch.randn(1, 1, 32, 32)
+        with torch.autocast(device, dtype=dtype):
+            outputs = tensors_of(network(image.to(device)))
+            loss = sum(output.float().square().mean() for output in outputs)
+        loss.backward()
+        assert all(output.isfinite().all() for output in outputs), (seed, scale)
+        wrong = [name for name, parameter in network.named_parameters() if not parameter.grad.isfinite().all()]
+        assert not wrong, (seed, scale, wrong)
+
+
+half_precisions = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+
+
 @every_network
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_autocast_is_finite(entry, dtype, scale):
-    network = build_for_slow_tests(entry)
-    with torch.autocast("cpu", dtype=dtype):
-        outputs = tensors_of(network(scale * torch.randn(1, 1, 32, 32)))
-        loss = sum(output.float().square().mean() for output in outputs)
-    loss.backward()
-    assert all(output.isfinite().all() for output in outputs)
-    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+@half_precisions
+def test_autocast_is_finite(entry, dtype):
+    check_autocast(entry.small, entry, dtype, range(3))
+
+
+@pytest.mark.slow
+@every_network
+@half_precisions
+def test_autocast_of_the_whole_network_is_finite(entry, dtype):
+    check_autocast({}, entry, dtype, range(2))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@every_network
+@half_precisions
+def test_autocast_on_cuda_is_finite(entry, dtype):
+    check_autocast({}, entry, dtype, range(3), "cuda")
 
 
 @every_network
@@ -209,6 +236,65 @@ def test_compiles_to_one_graph(entry, training):
     if training:
         sum(output.mean() for output in outputs).backward()
         assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def check_compiled(entry: registry.Network, training: bool, deep_supervision: bool, device: str = "cpu") -> None:
+    """Compares a small network, compiled to code, with itself: outputs, and gradients in training."""
+    torch._dynamo.reset()
+    network = without_random_draws(build(entry, deep_supervision=deep_supervision, **entry.small)).train(training)
+    plain, network = copy.deepcopy(network).to(device), network.to(device)
+    image = torch.randn(2, 1, 64, 64, device=device)  # enough values for batch normalisation at stride 32
+    results = []
+    # Draws what eager code draws.
+    with inductor_config.patch(fallback_random=True):
+        for one in (torch.compile(network, fullgraph=True), plain):
+            torch.manual_seed(1)
+            outputs = tensors_of(one(image))
+            if training:
+                sum(output.square().mean() for output in outputs).backward()
+            results.append(outputs)
+    tolerance = {"rtol": 1e-3, "atol": 1e-4}
+    for output, expected in zip(*results, strict=True):
+        torch.testing.assert_close(output, expected, **tolerance)
+    if training:
+        compiled, expected = (
+            torch.cat([parameter.grad.flatten() for parameter in one.parameters()]) for one in (network, plain)
+        )
+        assert (compiled - expected).norm() < 1e-2 * expected.norm()
+
+
+no_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None,
+    reason="no C++ compiler: torch.compile needs one on the CPU",
+)
+training_or_not = pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+supervised_deeply_or_not = pytest.mark.parametrize("deep_supervision", [False, True], ids=["one output", "all outputs"])
+QUICK_TO_COMPILE = [registry.network("HUNet"), registry.network("STSNet")]
+
+
+@no_compiler
+@pytest.mark.parametrize("entry", QUICK_TO_COMPILE, ids=lambda entry: entry.name)
+def test_compiles_to_equal_code(entry):
+    check_compiled(entry, training=True, deep_supervision=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@no_compiler
+@every_network
+@training_or_not
+@supervised_deeply_or_not
+def test_every_network_compiles_to_equal_code(entry, training, deep_supervision):
+    check_compiled(entry, training, deep_supervision)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@every_network
+@training_or_not
+@supervised_deeply_or_not
+def test_every_network_compiles_to_equal_code_on_cuda(entry, training, deep_supervision):
+    check_compiled(entry, training, deep_supervision, "cuda")
 
 
 @every_network

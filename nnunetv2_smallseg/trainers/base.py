@@ -153,7 +153,7 @@ class SmallSegTrainer(SlabTrainer):
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Switches deep supervision; stays off for trainers without it, also after nnU-Net's final validation."""
-        self.unwrapped_network.decoder.deep_supervision = enabled and self.enable_deep_supervision
+        super().set_deep_supervision_enabled(enabled and self.enable_deep_supervision)
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
         """Scales of the targets follow the network's outputs, not the plan's; slices are never pooled."""

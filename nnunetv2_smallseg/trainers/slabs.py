@@ -13,8 +13,6 @@ from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
-from torch._dynamo import OptimizedModule
-from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_smallseg.architectures.slab import SlabNetwork
 from nnunetv2_smallseg.augmentation.in_plane import blur_in_plane
@@ -27,20 +25,12 @@ from nnunetv2_smallseg.trainers.finite_loss import FiniteLoss
 from nnunetv2_smallseg.trainers.input_checks import InputChecks
 from nnunetv2_smallseg.trainers.lesion_sampling import LesionSampling
 from nnunetv2_smallseg.trainers.lesion_targets import LesionTargets
+from nnunetv2_smallseg.trainers.several_processes import SeveralProcesses
 
 __all__ = ["SlabTrainer", "stop_on_user_error"]
 
 
-def tolerate_unused_parameters(wrapped: DistributedDataParallel) -> DistributedDataParallel:
-    """The same network wrapped so that parameters without gradient are no error.
-
-    Frozen parameters, and heads whose output the loss does not see, get none; nnU-Net's own wrapper fails on them in
-    the second iteration.
-    """
-    return DistributedDataParallel(wrapped.module, device_ids=wrapped.device_ids, find_unused_parameters=True)
-
-
-class SlabTrainer(InputChecks, FiniteLoss, LesionSampling, LesionTargets, CrashSafety, nnUNetTrainer):
+class SlabTrainer(InputChecks, FiniteLoss, LesionSampling, LesionTargets, CrashSafety, SeveralProcesses, nnUNetTrainer):
     """nnU-Net's own network and recipe, on slices (``2d``) and on slabs of slices (``2.5d``).
 
     The schedule (epochs and iterations) is nnU-Net's unless the plans say otherwise (``smallseg plan -num_epochs``).
@@ -100,25 +90,11 @@ class SlabTrainer(InputChecks, FiniteLoss, LesionSampling, LesionTargets, CrashS
         """Whether patches are slabs of several slices."""
         return self.num_slices is not None and self.num_slices > 1
 
-    @property
-    def unwrapped_network(self) -> nn.Module:
-        """The network without the wrappers of distributed training and compilation."""
-        network = self.network
-        if isinstance(network, DistributedDataParallel):
-            network = network.module
-        return network._orig_mod if isinstance(network, OptimizedModule) else network
-
     def on_train_start(self) -> None:
         """Writes the switches to the log, and prepares the training."""
         values = ", ".join(f"{name} = {getattr(self, name)}" for name in SWITCHES)
         self.print_to_log_file(f"Switches of {type(self).__name__}: {values}")
         super().on_train_start()
-
-    def initialize(self) -> None:
-        """Builds network, optimizer and loss."""
-        super().initialize()
-        if self.is_ddp:
-            self.network = tolerate_unused_parameters(self.network)
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
         """nnU-Net's scales; those of slabs never pool slices."""

@@ -101,21 +101,26 @@ class ResNetEncoder(nn.Module):
         return (getattr(self, f"layer{number}") for number in range(1, self.num_layers + 1))
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """(B, C, H, W) -> maps at strides 2 (stem), 4, 8, 16, 32 (layers).
+        """(B, input_channels, H, W) -> maps at strides 2 (stem), 4, 8, 16, 32 (layers).
 
-        Stem and first block keep the precision of the weights inside autocast. Their normalisations make up for an
-        image of low contrast (with an epsilon of 1e-3 it takes two or three of them), so the gradient grows by as much
-        on its way back: at a standard deviation of 1e-3 it would leave the range of float16.
+        Inside autocast the encoder keeps the precision of its weights; only the maps it returns are in autocast's.
+        Batch normalisation over few values (at stride 16, a patch of 32x32 has four a channel) makes the gradient grow
+        from block to block on its way back, a thousandfold over the depth of ResNet-50. Normalisations that make up
+        for an image of low contrast add to that. The gradients of the first layers' weights then pass 65504, where
+        float16 ends, while those of the rest of the network are small, so that scaling the loss would not help.
         """
+        device = image.device.type
         # Autocast knows no meta device, on which shapes are computed.
-        with nullcontext() if image.is_meta else torch.autocast(image.device.type, enabled=False):
+        with nullcontext() if image.is_meta else torch.autocast(device, enabled=False):
             x = functional.relu(self.bn1(self.conv1(image.to(self.conv1.weight.dtype))))
             features = [x]
-            x = self._run(self.layer1[0], self.maxpool(x))
-        for layer in self.layers:
-            for block in layer[1:] if layer is self.layer1 else layer:
-                x = self._run(block, x)
-            features.append(x)
+            x = self.maxpool(x)
+            for layer in self.layers:
+                for block in layer:
+                    x = self._run(block, x)
+                features.append(x)
+        if not image.is_meta and torch.is_autocast_enabled(device):
+            features = [feature.to(torch.get_autocast_dtype(device)) for feature in features]
         return features
 
     def _run(self, block: Bottleneck, x: torch.Tensor) -> torch.Tensor:
