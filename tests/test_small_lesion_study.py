@@ -184,6 +184,10 @@ def test_tiny_study_from_end_to_end(study):
     assert "| Regularised curriculum (`curriculum`) | undecided |" in overview
     assert "**Not all runs are finished**" in table
     assert table.count("| `curriculum` |") == 2
+    # An arm whose switch does nothing ends with stock's loss.
+    for run in content["runs"]:
+        run["last_loss"] = by_run["iterations", "stock"]["last_loss"]
+    assert "| Regularised curriculum (`curriculum`) | without effect |" in report.overview(results)
 
 
 def test_stock_is_nnunets_own_trainer(study, monkeypatch, tmp_path):
