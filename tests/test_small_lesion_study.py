@@ -204,7 +204,7 @@ def test_stock_is_nnunets_own_trainer(study, monkeypatch, tmp_path):
     plans = json.loads((preprocessed / f"{data.PLANS}.json").read_text())
     dataset_json = json.loads((preprocessed / "dataset.json").read_text())
     ours = training.study_trainer(arms.ARMS["stock"], 3, max_iterations=2)
-    stock = type("Stock", (training.BudgetedTraining, nnUNetTrainer), {"seed": 3, "max_iterations": 2})
+    stock = type("Stock", (training.BudgetedTraining, nnUNetTrainer), {"study_seed": 3, "max_iterations": 2})
     losses = []
     for trainer_class in (ours, stock):
         settings = {**copy.deepcopy(plans), "continue_training": False}
