@@ -184,6 +184,10 @@ def test_tiny_study_from_end_to_end(study):
     assert "| Regularised curriculum (`curriculum`) | undecided |" in overview
     assert "**Not all runs are finished**" in table
     assert table.count("| `curriculum` |") == 2
+    # An arm whose switch does nothing ends with stock's loss.
+    for run in content["runs"]:
+        run["last_loss"] = by_run["iterations", "stock"]["last_loss"]
+    assert "| Regularised curriculum (`curriculum`) | without effect |" in report.overview(results)
 
 
 def test_stock_is_nnunets_own_trainer(study, monkeypatch, tmp_path):
@@ -200,7 +204,7 @@ def test_stock_is_nnunets_own_trainer(study, monkeypatch, tmp_path):
     plans = json.loads((preprocessed / f"{data.PLANS}.json").read_text())
     dataset_json = json.loads((preprocessed / "dataset.json").read_text())
     ours = training.study_trainer(arms.ARMS["stock"], 3, max_iterations=2)
-    stock = type("Stock", (training.BudgetedTraining, nnUNetTrainer), {"seed": 3, "max_iterations": 2})
+    stock = type("Stock", (training.BudgetedTraining, nnUNetTrainer), {"study_seed": 3, "max_iterations": 2})
     losses = []
     for trainer_class in (ours, stock):
         settings = {**copy.deepcopy(plans), "continue_training": False}

@@ -91,11 +91,22 @@ def _shown(group: str, results: Mapping) -> str:
     return group.replace("mm", results["data"]["unit"])
 
 
+def is_stock(results: Mapping, arm: str) -> bool:
+    """Whether an arm trained to the last bit as stock: then what it switches on has no effect, and nothing to judge."""
+    losses = {
+        (run["arm"], run["seed"]): run["last_loss"] for run in results["runs"] if run["counts_for"] == "iterations"
+    }
+    seeds = [seed for name, seed in losses if name == arm and (STOCK, seed) in losses]
+    return bool(seeds) and all(losses[arm, seed] == losses[STOCK, seed] for seed in seeds)
+
+
 def judge(results: Mapping, budget: str, arm: str) -> str:
     """Verdict on an arm by the smallest lesions; false positives are added where there are more."""
     row = find(results, budget, arm, groups_of(results)[0], "dice")
     if row is None:
         return "not run"
+    if is_stock(results, arm):
+        return "without effect"
     word = verdict(row.get("difference"))
     false_positives = find(results, budget, arm, ALL_SIZES, "false_positives_per_case").get("difference")
     more = false_positives is not None and false_positives["low"] is not None and false_positives["low"] > 0

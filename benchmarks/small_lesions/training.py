@@ -42,7 +42,7 @@ class BudgetedTraining:
     preparation: reading tables of lesions, building the network, compiling.
 
     Attributes:
-        seed: Of the initial weights, patches and augmentation (where patches are drawn in the same process).
+        study_seed: Of the initial weights, patches and augmentation (where patches are drawn in the same process).
         max_iterations: Budget, or None.
         max_seconds: Budget, or None; one of both is given.
         iterations: Iterations of the training.
@@ -50,7 +50,7 @@ class BudgetedTraining:
         last_losses: Losses of the last epoch.
     """
 
-    seed: int
+    study_seed: int
     max_iterations: int | None = None
     max_seconds: float | None = None
     iterations: int = 0
@@ -59,7 +59,7 @@ class BudgetedTraining:
 
     def initialize(self) -> None:
         """Seeded initial weights; nothing is written but the log."""
-        seed_everything(self.seed)
+        seed_everything(self.study_seed)
         super().initialize()
         self.disable_checkpointing = True
 
@@ -92,7 +92,7 @@ class BudgetedTraining:
             if share >= end:
                 continue
             # Arms see the same patches: what else an arm draws moves the generators no further than to here.
-            seed_everything(self.seed * 100_000 + epoch)
+            seed_everything(self.study_seed * 100_000 + epoch)
             self.on_train_epoch_start()
             while share < end:
                 outputs.append(self.train_step(next(self.dataloader_train)))
@@ -119,7 +119,7 @@ def study_trainer(
     reason = missing(arm)
     if reason is not None:
         raise SmallSegError(f"the arm {arm.name} cannot be trained: {reason}")
-    budget = {"seed": seed, "max_iterations": max_iterations, "max_seconds": max_seconds}
+    budget = {"study_seed": seed, "max_iterations": max_iterations, "max_seconds": max_seconds}
     base = base_trainer(arm)
     return type(f"{base.__name__}Study", (BudgetedTraining, base), {**arm.attributes, **budget})
 
