@@ -1,6 +1,17 @@
 """Errors meant for users: each message says what was wrong, what is allowed and what to do next."""
 
-__all__ = ["CaseError", "CommandStopped", "DatasetError", "SmallSegError", "UsageError", "WeightsError"]
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = [
+    "CaseError",
+    "CommandStopped",
+    "DatasetError",
+    "SmallSegError",
+    "UsageError",
+    "WeightsError",
+    "stop_on_user_error",
+]
 
 
 class SmallSegError(Exception):
@@ -34,3 +45,12 @@ class CommandStopped(SystemExit, SmallSegError):
     ``SystemExit``. Being a ``SmallSegError`` too, it is caught by ``except Exception`` when a trainer is used as a
     library.
     """
+
+
+@contextmanager
+def stop_on_user_error() -> Iterator[None]:
+    """Turns an error that the user can mend into the end of the command: message, exit status 1, no traceback."""
+    try:
+        yield
+    except SmallSegError as error:
+        raise CommandStopped(f"error: {error}") from None

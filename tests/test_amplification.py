@@ -546,9 +546,9 @@ def test_mixin_with_lesion_labels_in_a_trainer_of_ones_own(nnunet_folders):
     assert table.thresholds == (0, 0)
     trainer.configuration_manager.configuration["lesion_labels"] = [1]  # the plans come first
     assert trainer.get_dataloaders()[0].data_loader.slices.areas.any()
-    trainer = make(Tumours, nnunet_folders)
     with pytest.raises(CommandStopped, match=r"lesion_labels of Tumours is \(2,\).*\[1\]"):
-        trainer.get_dataloaders()
+        make(Tumours, nnunet_folders)
+    trainer = make("nnUNetTrainerAmplification", nnunet_folders)
     for wrong in ([], [3], 1, "1"):
         trainer.configuration_manager.configuration["lesion_labels"] = wrong
         with pytest.raises(CommandStopped, match=r"lesion_labels of the plans' configuration is .*\[1\]"):

@@ -45,6 +45,7 @@ def test_spacing_tells_slabs_from_3d():
         ("num_epochs", True, "a positive integer"),
         ("deep_supervision_targets", "lesions", "'nearest' or 'lesion'"),
         ("deep_supervision_targets", None, "'nearest' or 'lesion'"),
+        ("lesion_jitter", True, "a number from 0"),
     ],
 )
 def test_impossible_training_settings_are_refused(setting, value, allowed):

@@ -142,10 +142,10 @@ def test_both_strategies_on_residual_encoder_plans(nnunet_folders, tmp_path, mon
 
 def test_plans_set_the_switches_of_every_trainer_and_the_log_shows_them(nnunet_folders):
     plans = all_plans(nnunet_folders)
-    values = {"deep_supervision_targets": "lesion"}
+    values = {"deep_supervision_targets": "lesion", "lesion_sampling": "size_bin", "lesion_jitter": 0.25}
     plans["configurations"]["2d"]["training"] = {**values, "num_epochs": 3}
     defaults = {name: getattr(SlabTrainer, name) for name in SWITCHES}
-    assert defaults == {"deep_supervision_targets": "nearest"}
+    assert defaults == {"deep_supervision_targets": "nearest", "lesion_sampling": "voxel", "lesion_jitter": 0.5}
     trainer = make(nnunet_folders, "nnUNetTrainerCurriculum", "2d", plans)
     trainer.on_train_start()
     folder = Path(trainer.output_folder)

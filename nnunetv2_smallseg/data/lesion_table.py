@@ -318,6 +318,24 @@ class LesionTable:
         """2 if all cases are single images, else 3."""
         return 3 if (self.shapes[:, 0] > 1).any() else 2
 
+    def spacings(self, target: Sequence[float], transpose_forward: Sequence[int]) -> np.ndarray:
+        """Voxel size of each preprocessed case in mm, (C, 3), in array order.
+
+        Args:
+            target: Spacing of the configuration; two values where slices are not resampled through the plane.
+            transpose_forward: Of the plans: axes of the image in the order of the preprocessed ones.
+        Raises:
+            ValueError: If slices keep the spacing of images for which it is not known.
+        """
+        spacings = np.empty((len(self.cases), 3))
+        spacings[:, 3 - len(target) :] = target
+        if len(target) == 2:
+            spacings[:, 0] = self.image_spacings[:, transpose_forward[0]]
+            if np.isnan(spacings).any():
+                case = self.cases[int(np.isnan(spacings).any(axis=1).argmax())]
+                raise ValueError(f"the properties of the preprocessed case {case} tell no spacing: preprocess it anew")
+        return spacings
+
     @cached_property
     def counts(self) -> dict[str, LabelCounts]:
         """Case -> pixels of its labels in each slice."""

@@ -70,6 +70,21 @@ SWITCHES: Mapping[str, Setting] = {
         "nearest",
         "lesion",
     ),
+    "lesion_sampling": _one_of(
+        "-lesion_sampling",
+        "what oversampled patches show: a drawn voxel, as nnU-Net's do, a drawn lesion, or a lesion of a drawn size",
+        "voxel",
+        "lesion",
+        "size_bin",
+    ),
+    "lesion_jitter": Setting(
+        "-lesion_jitter",
+        "how far from the middle of the patch a drawn lesion may lie: 0 is in the middle, 1 anywhere",
+        "a number from 0 (lesions in the middle of the patch) to 1 (anywhere in it)",
+        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1,
+        kind=float,
+        metavar="SHARE",
+    ),
 }
 
 SETTINGS: Mapping[str, Setting] = {**SCHEDULE, **SWITCHES}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
 from nnunetv2_smallseg.data.amplified_loader import AmplifiedDataLoader
@@ -11,6 +10,7 @@ from nnunetv2_smallseg.errors import SmallSegError
 from nnunetv2_smallseg.plans.configurations import is_volume
 from nnunetv2_smallseg.trainers.lesion_labels import LesionLabels
 from nnunetv2_smallseg.trainers.slabs import SlabTrainer, stop_on_user_error
+from nnunetv2_smallseg.trainers.training_loader import loader_arguments, replace_training_loader
 
 __all__ = ["AmplificationMixin", "nnUNetTrainerAmplification"]
 
@@ -35,13 +35,18 @@ class AmplificationMixin(LesionLabels):
             self._refuse_volumes()
             self._lesion_labels()
         training, validation = super().get_dataloaders()
-        if isinstance(training, SingleThreadedAugmenter):
-            training.data_loader = self._amplified(training.data_loader)
-        else:
-            # The worker processes run already, with nnU-Net's loader: they start anew with ours.
-            training.generator = self._amplified(training.generator)
-            training.restart()
+        replace_training_loader(training, self._amplified)
         return training, validation
+
+    def check_lesion_sampling(self) -> None:
+        """Refuses lesions drawn in another way; ``LesionSampling`` asks, if the trainer has it."""
+        super().check_lesion_sampling()
+        if self.lesion_sampling != "voxel":
+            raise SmallSegError(
+                f"{type(self).__name__} draws slices by amplification, but has lesion_sampling = "
+                f"{self.lesion_sampling!r}, which draws patches, too: set it to 'voxel', or use a trainer without "
+                "amplification"
+            )
 
     def _refuse_volumes(self) -> None:
         if is_volume(self.configuration_manager.configuration):
@@ -60,19 +65,8 @@ class AmplificationMixin(LesionLabels):
         counts = self.read_lesion_table(loader._data).counts
         slices = SliceTable.build(counts, labels, ignore_label=self.label_manager.ignore_label, amplify=self.amplify)
         self.print_to_log_file(slices.summary())
-        axes = slice(1, None) if loader.patch_size_was_2d else slice(None)
-        return AmplifiedDataLoader(
-            loader._data,
-            loader.batch_size,
-            loader.patch_size[axes],
-            loader.final_patch_size[axes],
-            self.label_manager,
-            slices=slices,
-            lesion_labels=labels,
-            oversample_foreground_percent=loader.oversample_foreground_percent,
-            probabilistic_oversampling=self.probabilistic_oversampling,
-            transforms=loader.transforms,
-        )
+        arguments, options = loader_arguments(loader, self.probabilistic_oversampling)
+        return AmplifiedDataLoader(*arguments, self.label_manager, slices=slices, lesion_labels=labels, **options)
 
 
 class nnUNetTrainerAmplification(AmplificationMixin, SlabTrainer):

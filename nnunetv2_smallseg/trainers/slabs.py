@@ -18,21 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_smallseg.architectures.slab import SlabNetwork
 from nnunetv2_smallseg.augmentation.in_plane import blur_in_plane
-from nnunetv2_smallseg.errors import CommandStopped, SmallSegError
+from nnunetv2_smallseg.errors import stop_on_user_error
 from nnunetv2_smallseg.plans.configurations import is_volume, num_slices, resolve
-from nnunetv2_smallseg.plans.switches import SWITCHES, check_setting, training_settings
+from nnunetv2_smallseg.plans.switches import SCHEDULE, SWITCHES, check_setting, training_settings
+from nnunetv2_smallseg.trainers.lesion_sampling import LesionSampling
 from nnunetv2_smallseg.trainers.lesion_targets import LesionTargets
 
 __all__ = ["SlabTrainer", "stop_on_user_error"]
-
-
-@contextmanager
-def stop_on_user_error() -> Iterator[None]:
-    """Turns an error that the user can mend into the end of the command: message, exit status 1, no traceback."""
-    try:
-        yield
-    except SmallSegError as error:
-        raise CommandStopped(f"error: {error}") from None
 
 
 def tolerate_unused_parameters(wrapped: DistributedDataParallel) -> DistributedDataParallel:
@@ -44,7 +36,7 @@ def tolerate_unused_parameters(wrapped: DistributedDataParallel) -> DistributedD
     return DistributedDataParallel(wrapped.module, device_ids=wrapped.device_ids, find_unused_parameters=True)
 
 
-class SlabTrainer(LesionTargets, nnUNetTrainer):
+class SlabTrainer(LesionSampling, LesionTargets, nnUNetTrainer):
     """nnU-Net's own network and recipe, on slices (``2d``) and on slabs of slices (``2.5d``).
 
     The schedule (epochs and iterations) is nnU-Net's unless the plans say otherwise (``smallseg plan -num_epochs``).
@@ -73,9 +65,11 @@ class SlabTrainer(LesionTargets, nnUNetTrainer):
             settings = training_settings(resolved, configuration)
             for name in SWITCHES:
                 check_setting(name, getattr(self, name), f"the trainer {type(self).__name__}")
+                if name in settings:
+                    setattr(self, name, settings[name])
         super().__init__(plans, configuration, fold, dataset_json, device)
-        for name, value in settings.items():
-            setattr(self, name, value)
+        for name in SCHEDULE.keys() & settings.keys():
+            setattr(self, name, settings[name])
 
     @staticmethod
     def build_network_architecture(
