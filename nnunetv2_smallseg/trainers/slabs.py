@@ -18,7 +18,7 @@ from nnunetv2_smallseg.architectures.slab import SlabNetwork
 from nnunetv2_smallseg.augmentation.in_plane import blur_in_plane
 from nnunetv2_smallseg.errors import stop_on_user_error
 from nnunetv2_smallseg.plans.configurations import check_configuration, is_volume, num_slices, resolve
-from nnunetv2_smallseg.plans.switches import RUNNING, SWITCHES, check_setting, training_settings
+from nnunetv2_smallseg.plans.switches import RUNNING, SCHEDULE, SWITCHES, check_setting, training_settings
 from nnunetv2_smallseg.trainers.checkpoint_fit import explain_misfits
 from nnunetv2_smallseg.trainers.crash_safety import CrashSafety
 from nnunetv2_smallseg.trainers.finite_loss import FiniteLoss
@@ -60,9 +60,11 @@ class SlabTrainer(InputChecks, FiniteLoss, LesionSampling, LesionTargets, CrashS
             settings = training_settings(resolved, configuration)
             for name in (*SWITCHES, *RUNNING):
                 check_setting(name, getattr(self, name), f"the trainer {type(self).__name__}")
+                if name in settings:
+                    setattr(self, name, settings[name])
         super().__init__(plans, configuration, fold, dataset_json, device)
-        for name, value in settings.items():
-            setattr(self, name, value)
+        for name in SCHEDULE.keys() & settings.keys():
+            setattr(self, name, settings[name])
 
     @staticmethod
     def build_network_architecture(
