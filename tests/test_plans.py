@@ -94,8 +94,9 @@ def test_planning_again_keeps_foreign_configurations(nnunet_workspace):
     plans["configurations"]["2d_big"] = {"inherits_from": "2d", "batch_size": 64}
     path.write_text(json.dumps(plans))
     finished = nnunet_workspace.run(
-        "smallseg", "plan", "-d", nnunet_workspace.dataset, "-plans_name", name, "-num_slices", 5, "-patch_size", 40, 70,
-        "-lesion_sampling", "size_bin", "-lesion_jitter", 0.25, "-lesion_labels", 1, "-num_epochs", 7
+        "smallseg", "plan", "-d", nnunet_workspace.dataset, "-plans_name", name, "-num_slices", 5,
+        "-patch_size", 40, 70, "-lesion_sampling", "size_bin", "-lesion_jitter", 0.25,
+        "-lesion_labels", 1, "-num_epochs", 7,
     )  # fmt: skip
     assert str(path) in finished.stdout
     assert "5 x 64 x 96" in finished.stdout
