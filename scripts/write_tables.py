@@ -297,6 +297,85 @@ def compatibility_table() -> str:
     return "\n".join(lines)
 
 
+def loader_results() -> dict:
+    """What ``benchmarks/loader.py`` measured."""
+    return json.loads((ROOT / "benchmarks" / "results" / "loader.json").read_text())
+
+
+def sampling_frequencies_table() -> str:
+    """How often one lesion of each diameter is drawn, and the share of all draws of that diameter."""
+    results = loader_results()["frequencies"]
+    names = {"voxel": "`voxel` (nnU-Net)", "lesion": "`lesion`", "size_bin": "`size_bin`"}
+    lines = [
+        f"{results['cases']} cases with the same spherical lesions, {results['draws']:,} drawn patches of each kind.",
+        "",
+        f"| diameter | lesions | {' | '.join(f'{name}: one lesion, in 1,000 patches' for name in names.values())} | "
+        f"{' | '.join(f'{name}: share of the patches' for name in names.values())} |",
+        "|" + "---|" * (2 + 2 * len(names)),
+    ]
+    for row, (diameter, number) in enumerate(zip(results["diameters_mm"], results["lesions"], strict=True)):
+        shares = [results["drawn"][name][row] / results["draws"] for name in names]
+        lines.append(
+            f"| {diameter} mm | {number} | {' | '.join(f'{1000 * share / number:.2f}' for share in shares)} | "
+            f"{' | '.join(f'{100 * share:.1f} %' for share in shares)} |"
+        )
+    return "\n".join(lines)
+
+
+def sampling_jitter_table() -> str:
+    """Share of patches in which the drawn lesion is still seen after augmentation."""
+    runs = loader_results()["jitter"]
+    jitters = sorted({run["jitter"] for run in runs})
+    lines = [
+        "Share of oversampled patches that still show the drawn lesion (6 mm, voxels of 1 mm) after nnU-Net's "
+        "augmentation:",
+        "",
+        f"| patch | {' | '.join(f'`lesion_jitter` {jitter:g}' for jitter in jitters)} |",
+        "|" + "---|" * (1 + len(jitters)),
+    ]
+    for configuration in dict.fromkeys(run["configuration"] for run in runs):
+        mine = {run["jitter"]: run for run in runs if run["configuration"] == configuration}
+        size = " x ".join(map(str, mine[jitters[0]]["patch_size"]))
+        shares = " | ".join(f"{100 * mine[jitter]['seen']:.1f} %" for jitter in jitters)
+        lines.append(f"| {configuration}, {size} | {shares} |")
+    return "\n".join(lines)
+
+
+def sampling_throughput_table() -> str:
+    """Time of a batch of nnU-Net's loader and of ours."""
+    results = loader_results()
+    names = {"voxel": "nnU-Net", "lesion": "`lesion`", "size_bin": "`size_bin`"}
+    lines = [
+        f"| patches | transforms | {' | '.join(f'{name}, ms a batch' for name in names.values())} | "
+        "throughput of `lesion` and `size_bin`, nnU-Net = 100 % |",
+        "|" + "---|" * (3 + len(names)),
+    ]
+    for run in results["throughput"]:
+        size = " x ".join(map(str, run["patch_size"]))
+        times = " | ".join(f"{run['batch'][name]['median_cpu_ms']:.1f}" for name in names)
+        shares = " and ".join(f"{100 * share:.1f} %" for share in run["throughput_of_nnunets"].values())
+        lines.append(
+            f"| {run['batch_size']} of {size} | {'nnU-Net' if run['transforms'] else 'none'} | {times} | {shares} |"
+        )
+    machine = results["machine"]
+    lines += [
+        "",
+        f"Medians of the processor time of interleaved batches on one core of {machine['processor']}, which also did "
+        "other work; the wall times are in the results file.",
+    ]
+    return "\n".join(lines)
+
+
+def lesion_table_table() -> str:
+    """Size and reading time of the file of a large data set."""
+    table = loader_results()["table"]
+    return (
+        f"For {table['cases']:,} cases with {table['lesions'] // table['cases']} lesions each the file has "
+        f"{table['file_mb']:.0f} MB and is read in {table['read_s']:.2f} s (from the system's cache); a process holds "
+        f"{table['held_mb']:.0f} MB of it, and {table['mapped_mb']:.0f} MB of voxels are mapped and shared."
+    )
+
+
 TABLES = (
     ("README.md", "trainers", trainers_table),
     ("docs/networks.md", "networks", networks_table),
@@ -312,6 +391,10 @@ TABLES = (
     ("docs/datasets.md", "converters", converters_table),
     ("docs/datasets.md", "conversion speed", conversion_speed_table),
     ("docs/compatibility.md", "compatibility", compatibility_table),
+    ("docs/sampling.md", "sampling frequencies", sampling_frequencies_table),
+    ("docs/sampling.md", "sampling jitter", sampling_jitter_table),
+    ("docs/sampling.md", "sampling throughput", sampling_throughput_table),
+    ("docs/sampling.md", "lesion table", lesion_table_table),
 )
 
 

@@ -139,9 +139,11 @@ def test_size_bins_double_the_diameter():
 
 def test_summary():
     summary = loader_of(CASES, labels=TWO, sampling="size_bin").lesions.summary()
-    first, second = summary.splitlines()
-    assert "label 1: 4 lesions in 2 of 3 cases; 2 to 4 mm 3 lesions, 25.0 % of the draws; 16 to 32 mm 1" in first
-    assert "label 2: 1 lesions in 1 of 3 cases; 8 to 16 mm 1 lesions, 50.0 % of the draws" in second
+    assert summary.splitlines() == [
+        "  label 1: 4 lesions in 2 of 3 cases, by diameter and share of the draws: 3 of 2 to 4 mm (25.0 %), "
+        "1 of 16 to 32 mm (25.0 %)",
+        "  label 2: 1 lesions in 1 of 3 cases, by diameter and share of the draws: 1 of 8 to 16 mm (50.0 %)",
+    ]
 
 
 @pytest.mark.parametrize("probabilistic", [False, True])

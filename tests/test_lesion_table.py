@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetNumpy
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import distributed
 
 from nnunetv2_smallseg.data import lesion_table as module
 from nnunetv2_smallseg.data.lesion_table import (
@@ -20,6 +21,7 @@ from nnunetv2_smallseg.data.lesion_table import (
     measure_case,
     table_file,
 )
+from nnunetv2_smallseg.trainers.lesion_labels import LesionLabels
 
 LABELS = LabelManager({"background": 0, "lesion": 1, "ignore": 2}, None)
 
@@ -241,3 +243,20 @@ def test_several_processes_measure_the_same(folder, monkeypatch):
     table_file(dataset_of(folder)).unlink()
     monkeypatch.setattr(module, "CASES_WORTH_PROCESSES", 2)
     assert facts(lesion_table(dataset_of(folder), LABELS, num_processes=2)) == alone
+
+
+def test_processes_of_a_training_share_the_work(folder, measured, monkeypatch):
+    class Trainer(LesionLabels):
+        is_ddp, local_rank, label_manager = True, 1, LABELS
+
+        def print_to_log_file(self, line):
+            assert "first training on a data set" in line
+
+    at_barrier = []
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "barrier", lambda: at_barrier.append(len(measured)))
+    dataset = dataset_of(folder)
+    table = Trainer().read_lesion_table(dataset)
+    assert at_barrier == [2]  # cases 1 and 3
+    assert len(measured) == 5  # here nobody else has measured the others
+    assert table.cases == tuple(dataset.identifiers) == tuple(f"case{case}" for case in range(5))

@@ -141,13 +141,14 @@ class LesionSampler:
         for index, groups in self.groups.items():
             rows = np.concatenate([group.rows for group in groups.values()])
             sizes = [
-                f"{2.0**number:g} to {2.0 ** (number + 1):g} mm {np.count_nonzero(bins[rows] == number)} lesions, "
-                f"{100 * probabilities[rows][bins[rows] == number].sum():.1f} % of the draws"
+                f"{np.count_nonzero(bins[rows] == number)} of {2.0**number:g} to {2.0 ** (number + 1):g} mm "
+                f"({100 * probabilities[rows][bins[rows] == number].sum():.1f} %)"
                 for number in np.unique(bins[rows]).tolist()
             ]
             lines.append(
                 f"  label {'+'.join(map(str, self.classes[index]))}: {len(rows)} lesions in "
-                f"{len(np.unique(self.case_of[rows]))} of {len(self.cases)} cases; {'; '.join(sizes)}"
+                f"{len(np.unique(self.case_of[rows]))} of {len(self.cases)} cases, by diameter and share of the draws: "
+                f"{', '.join(sizes)}"
             )
         return "\n".join(lines)
 

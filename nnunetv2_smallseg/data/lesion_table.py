@@ -474,9 +474,11 @@ def _measure_stored(
 def _file_state(dataset: nnUNetBaseDataset, case: str) -> list[int]:
     """Size and time of change of a case's segmentation; -1 for data sets that keep it elsewhere."""
     for ending in SEGMENTATION_ENDINGS:
-        file = Path(dataset.source_folder) / f"{case}{ending}"
-        if file.is_file():
-            return [file.stat().st_size, file.stat().st_mtime_ns]
+        try:
+            status = os.stat(os.path.join(dataset.source_folder, f"{case}{ending}"))
+        except FileNotFoundError:
+            continue
+        return [status.st_size, status.st_mtime_ns]
     return [-1, -1]
 
 
