@@ -260,6 +260,7 @@ KITS_IMAGE, KITS_LABEL = (f"kits/dataset/case_00001/{name}.nii.gz" for name in (
 PLAN = "smallseg plan -d 901 "
 FINGERPRINT = f"preprocessed/{DATASET}/dataset_fingerprint.json"
 RAW = f"raw/{DATASET}"
+PREPROCESSED = f"preprocessed/{DATASET}/{PLANS}_2d"
 VMAMBA = "weights/vssmtiny_dp01_ckpt_epoch_292.pth"
 IMPORT = "smallseg weights import-official {}/ckpt.pth -o {}/out.pth"
 EVALUATE = "smallseg evaluate -ref {}/ref -pred {}/pred -o {}/out -np 1 --no_report "
@@ -277,6 +278,8 @@ FINISHED_CASES = ("raw/Dataset90[34]_*",)
 PREDICTION_FOLDER = ("out/",)
 # nnU-Net makes the folder of a training, with its log, before it loads checkpoints.
 TRAINING_LOG = ("results/*/", "results/*/fold_0/training_log_*.txt", "results/*/fold_0/debug.json")
+# What was measured is kept in a hidden file, which the same command goes on from.
+PROGRESS = (f"preprocessed/{DATASET}/.lesion_fingerprint_progress.jsonl",)
 KEPT = "Mend or replace their files and start the same command again"
 
 GENERAL = [
@@ -460,6 +463,38 @@ PLANS_ROWS = [
           lambda world: (world.preprocessed / "Mine.json").mkdir()),
 ]  # fmt: skip
 
+SWITCHES = [
+    Wrong("plan: misspelt sampling", PLAN + "-lesion_sampling lesions", ("'lesions'", "Did you mean lesion?"), 2),
+    Wrong("plan: jitter", PLAN + "-lesion_jitter 2", ("lesion_jitter: 2.0", "from 0"), 2),
+    Wrong("plan: jitter is no number", PLAN + "-lesion_jitter nan", ("lesion_jitter: nan", "from 0"), 2),
+]
+
+LESIONS = "smallseg fingerprint -d 901 -np 1 --raw "
+FINGERPRINTS = [
+    *(Wrong(f"fingerprint: {name} not set", LESIONS, (name, "export"), 1, unset(name)) for name in FOLDERS[:2]),
+    Wrong("fingerprint: misspelt data set", LESIONS.replace("901", "Dataset901_Lesion"),
+          (f"Did you mean {DATASET}?",), 2),
+    Wrong("fingerprint: misspelt plans", LESIONS + "-p nnUNetSmallPlans", ("nnUNetSmallPlans", "smallseg plan")),
+    Wrong("fingerprint: damaged plans", LESIONS, ("cannot be read", "smallseg plan -d 901"), 1,
+          text(f"preprocessed/{DATASET}/{PLANS}.json", "{")),
+    Wrong("fingerprint: misspelt configuration", LESIONS + "-c 2.5dd", ("'2.5dd'", "Did you mean 2.5d?")),
+    Wrong("fingerprint: descending bins", LESIONS + "-size_bins 10 5", ("[10.0, 5.0]", "ascend"), 2),
+    Wrong("fingerprint: misspelt option", LESIONS + "-size_bin 5", ("Did you mean -size_bins?",), 2),
+    Wrong("fingerprint: damaged label", LESIONS, ("case2.nii.gz", "write it anew"), 1,
+          both(remove(PREPROCESSED), text(f"{RAW}/labelsTr/case2.nii.gz", "x")), PROGRESS),
+    Wrong("fingerprint: half a label", LESIONS, ("case2.nii.gz", "no whole numbers"), 1,
+          both(remove(PREPROCESSED), voxels(f"{RAW}/labelsTr/case2.nii.gz", with_value(0.5))), PROGRESS),
+    Wrong("fingerprint: unknown label", LESIONS, ("case2", "7", "dataset.json"), 1,
+          both(remove(PREPROCESSED), voxels(f"{RAW}/labelsTr/case2.nii.gz", with_value(7), np.uint8)), PROGRESS),
+    Wrong("fingerprint: damaged case", LESIONS, ("the preprocessed case case0", "nnUNetv2_preprocess"), 1, None,
+          PROGRESS),
+    Wrong("fingerprint: damaged splits", LESIONS, ("splits_final.json holds no list of folds", "remove it"), 1,
+          text(f"preprocessed/{DATASET}/splits_final.json", "[]")),
+    Wrong("fingerprint: file for a folder", LESIONS + "-o {}/p.csv", ("p.csv", "-o"), 1, text("p.csv", "")),
+    Wrong("fingerprint: full disk", LESIONS, ("No space left on device", "-o"), 1,
+          both(remove(PREPROCESSED), full_disk), PROGRESS),
+]  # fmt: skip
+
 WEIGHTS = [
     Wrong("weights: no action", "smallseg weights", ("ACTION",), 2),
     Wrong("weights: misspelt action", "smallseg weights fetsch x", ("Did you mean fetch?",), 2),
@@ -563,15 +598,18 @@ TRAININGS = [
           ours(text(f"preprocessed/{DATASET}/splits_final.json", '[{"train": ["case0"], "val": ["caseX"]}]'))),
     Wrong("train: not preprocessed", TRAIN,
           ("not preprocessed", f"nnUNetv2_preprocess -d 901 -plans_name {PLANS} -c 2d"), 1,
-          ours(remove(f"preprocessed/{DATASET}/{PLANS}_2d"))),
+          ours(remove(PREPROCESSED))),
     Wrong("train: 2.5d not preprocessed", TRAIN.replace(" 2d ", " 2.5d "), (f"-plans_name {PLANS} -c 2d",), 1,
-          ours(remove(f"preprocessed/{DATASET}/{PLANS}_2d"))),
+          ours(remove(PREPROCESSED))),
     Wrong("train: nnUNet_results not set", TRAIN, ("nnUNet_results is not set", "export"), 1,
           ours(unset("nnUNet_results"))),
     Wrong("train: NaN in the plans", TRAIN, ("mean of the intensities of channel 0 is nan", "Mend it"), 1,
           plan(lambda p: p["foreground_intensity_properties_per_channel"]["0"].update(mean=np.nan))),
-    Wrong("train: no epochs", TRAIN, ("num_epochs: 0", "-num_epochs N"), 1, planar(training={"num_epochs": 0})),
-    Wrong("train: unknown schedule", TRAIN, ("epochs: 3", "num_epochs"), 1, planar(training={"epochs": 3})),
+    Wrong("train: no epochs", TRAIN, ("num_epochs: 0", "a positive integer"), 1, planar(training={"num_epochs": 0})),
+    Wrong("train: unknown setting", TRAIN, ("epochs: 3", "Did you mean num_epochs?"), 1,
+          planar(training={"epochs": 3})),
+    Wrong("train: unknown switch", TRAIN, ("lesion_sampling: 'all'", "'size_bin'"), 1,
+          planar(training={"lesion_sampling": "all"})),
     Wrong("train: even slab", TRAIN.replace(" 2d ", " 2.5d "), ("slices is 4", "odd"), 1, slab(patch_size=[4, 32, 32])),
     Wrong("train: lost parent", TRAIN.replace(" 2d ", " 2.5d "), ("'2dd'", "Did you mean 2d?"), 1,
           slab(inherits_from="2dd")),
@@ -630,7 +668,19 @@ STOCK = [
           PREDICTION_FOLDER, True),
 ]  # fmt: skip
 
-ROWS = [*GENERAL, *DOCTOR, *DEMOS, *CONVERSIONS, *PLANS_ROWS, *WEIGHTS, *EVALUATIONS, *TRAININGS, *STOCK]
+ROWS = [
+    *GENERAL,
+    *DOCTOR,
+    *DEMOS,
+    *CONVERSIONS,
+    *PLANS_ROWS,
+    *SWITCHES,
+    *FINGERPRINTS,
+    *WEIGHTS,
+    *EVALUATIONS,
+    *TRAININGS,
+    *STOCK,
+]
 
 
 # ------------------------------------------------------------------------------------------------------------ the tests
@@ -683,7 +733,7 @@ def half_written(before: dict[str, bytes], after: dict[str, bytes], leaves: tupl
 
 def test_the_table_covers_every_command():
     programs = {row.command.split()[1] for row in ROWS if row.command.startswith("smallseg ")}
-    assert {command.__name__.rpartition(".")[2] for command in COMMANDS} <= programs | {"fingerprint"}
+    assert {command.__name__.rpartition(".")[2] for command in COMMANDS} <= programs
     assert len(ROWS) >= 60
     assert len({row.name for row in ROWS}) == len(ROWS)
 

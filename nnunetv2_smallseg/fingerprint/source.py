@@ -15,6 +15,7 @@ from nnunetv2_smallseg.fingerprint.deep_supervision import downsampling_factors
 from nnunetv2_smallseg.fingerprint.measure import TrainingSetup
 from nnunetv2_smallseg.fingerprint.patches import ITERATIONS, Schedule
 from nnunetv2_smallseg.plans.configurations import is_volume, resolve
+from nnunetv2_smallseg.plans.inputs import read_object, unknown_dataset
 from nnunetv2_smallseg.plans.switches import training_settings
 
 __all__ = ["DEFAULT_PLANS_NAME", "Source", "find_source"]
@@ -84,7 +85,7 @@ def find_source(
     from nnunetv2 import paths
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    if not paths.nnUNet_preprocessed.is_set():
+    if not paths.nnUNet_preprocessed.get():
         raise SmallSegError(
             "the environment variable nnUNet_preprocessed is not set: export it as the folder nnU-Net uses, e.g. "
             "export nnUNet_preprocessed=/data/nnUNet_preprocessed"
@@ -112,8 +113,8 @@ def find_source(
     if from_raw and not label_files:
         raise SmallSegError(
             f"there are no labels of {name}: neither {folder / configuration['data_identifier']} nor "
-            f"{raw_folder or 'nnUNet_raw'} (labelsTr) holds any; put the raw data set there, or run "
-            f"nnUNetv2_preprocess -d {number} -plans_name {plans_name}"
+            f"{raw_folder or 'nnUNet_raw'} (labelsTr) holds any; put the raw data set there and export nnUNet_raw, "
+            f"or run nnUNetv2_preprocess -d {number} -plans_name {plans_name}"
         )
     cases = sorted(label_files if from_raw else preprocessed_cases)
     manager = PlansManager(plans)
@@ -179,17 +180,14 @@ def _dataset_folders(dataset: str | int) -> tuple[Path, Path | None]:
     from nnunetv2 import paths
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
-    places = [str(path.get()) for path in (paths.nnUNet_raw, paths.nnUNet_preprocessed) if path.is_set()]
+    places = [Path(path) for path in (paths.nnUNet_raw, paths.nnUNet_preprocessed) if path.get()]
     try:
         name = str(maybe_convert_to_dataset_name(dataset))
     except (RuntimeError, ValueError) as error:
-        raise UsageError(
-            f"there is no data set {dataset!r}: give the number or the full name of a folder DatasetXXX_Name in "
-            f"{' or '.join(places)}"
-        ) from error
-    if not any((Path(place) / name).is_dir() for place in places):
-        raise UsageError(f"there is no data set {name!r} in {' or '.join(places)}")
-    raw = Path(paths.nnUNet_raw) / name if paths.nnUNet_raw.is_set() else None
+        raise UsageError(unknown_dataset(dataset, *places)) from error
+    if not any((place / name).is_dir() for place in places):
+        raise UsageError(unknown_dataset(dataset, *places))
+    raw = Path(paths.nnUNet_raw) / name if paths.nnUNet_raw.get() else None
     return Path(paths.nnUNet_preprocessed) / name, raw if raw is not None and raw.is_dir() else None
 
 
@@ -200,10 +198,7 @@ def _read_plans(folder: Path, plans_name: str) -> dict:
         raise SmallSegError(
             f"the plans {file} do not exist: write them by smallseg plan -d {number}, or name others with -p"
         )
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SmallSegError(f"{file} is no JSON ({error}): write it anew by smallseg plan -d {number}") from error
+    return read_object(file, ("configurations",), f"Write it anew by smallseg plan -d {number}")
 
 
 def _read_scheme(folder: Path, raw_folder: Path | None) -> LabelScheme:
@@ -222,7 +217,7 @@ def _raw_label_files(folder: Path, raw_folder: Path | None) -> dict[str, Path]:
     ):
         if not description.is_file():
             continue
-        content = json.loads(description.read_text(encoding="utf-8"))
+        content = read_object(description, ("file_ending",), "Mend it, or bring back the one of the data set")
         if "dataset" in content and labels.name == "labelsTr":
             from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
@@ -249,6 +244,11 @@ def _num_training_cases(folder: Path, raw_folder: Path | None, num_cases: int) -
     """Cases a fold trains with: the mean over the folds of the data set, else four fifths as nnU-Net makes them."""
     for place in (folder, raw_folder):
         if place is not None and (place / "splits_final.json").is_file():
-            folds = json.loads((place / "splits_final.json").read_text(encoding="utf-8"))
-            return sum(len(fold["train"]) for fold in folds) / len(folds)
+            try:
+                folds = json.loads((place / "splits_final.json").read_text(encoding="utf-8"))
+                return sum(len(fold["train"]) for fold in folds) / len(folds)
+            except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+                raise SmallSegError(
+                    f"{place / 'splits_final.json'} holds no list of folds ({error!r}): mend or remove it"
+                ) from error
     return num_cases * 0.8 if num_cases >= 5 else num_cases

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_smallseg.errors import SmallSegError, UsageError
+from nnunetv2_smallseg.errors import SmallSegError, UsageError, did_you_mean
 
-__all__ = ["check_fingerprint", "check_plans_name", "check_raw_dataset", "read_object"]
+__all__ = ["check_fingerprint", "check_plans_name", "check_raw_dataset", "read_object", "unknown_dataset"]
 
 # Other files that lie where the plans are written.
 RESERVED_NAMES = ("dataset", "dataset_fingerprint", "splits_final", "lesion_fingerprint")
@@ -34,6 +34,17 @@ def check_plans_name(name: str) -> None:
             f"-plans_name {name!r}: use letters, digits, '.', '-' and '_', such as nnUNetSmallSegPlans, and none of "
             f"{', '.join(RESERVED_NAMES)}, which are files of nnU-Net"
         )
+
+
+def unknown_dataset(dataset: str | int, *places: Path) -> str:
+    """What to say about a data set that is in none of the folders ``places``, with the nearest name there is."""
+    known = sorted({folder.name for place in places for folder in place.glob("Dataset[0-9][0-9][0-9]_*")})
+    hint = did_you_mean(str(dataset), known) or did_you_mean(f"Dataset000_{dataset}", known)
+    shown = (", ".join(known[:10]) or "none") + " and more" * (len(known) > 10)
+    return (
+        f"there is no data set {str(dataset)!r} in {' or '.join(map(str, places))}.{hint} Give the number or the full "
+        f"name of a folder DatasetXXX_Name; there are {shown}"
+    )
 
 
 def read_object(file: Path, keys: Iterable[str], next_step: str) -> dict[str, Any]:

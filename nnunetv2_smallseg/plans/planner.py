@@ -19,10 +19,16 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
-from nnunetv2_smallseg.errors import SmallSegError, UsageError, did_you_mean
+from nnunetv2_smallseg.errors import SmallSegError, UsageError
 from nnunetv2_smallseg.files import write_json
 from nnunetv2_smallseg.plans.configurations import TRAINING_KEY, check_num_slices, slab_configuration
-from nnunetv2_smallseg.plans.inputs import check_fingerprint, check_plans_name, check_raw_dataset, read_object
+from nnunetv2_smallseg.plans.inputs import (
+    check_fingerprint,
+    check_plans_name,
+    check_raw_dataset,
+    read_object,
+    unknown_dataset,
+)
 from nnunetv2_smallseg.plans.switches import check_setting
 
 __all__ = ["DEFAULT_NUM_SLICES", "DEFAULT_PLANS_NAME", "SmallSegPlanner", "plan_dataset"]
@@ -196,21 +202,10 @@ def _dataset_name(dataset: str | int) -> str:
                 f"several data sets have the number {dataset} in nnUNet_raw, nnUNet_preprocessed or nnUNet_results: "
                 "rename all but one, or remove what is left of old ones"
             ) from error
-        raise UsageError(_unknown_dataset(dataset)) from error
+        raise UsageError(unknown_dataset(dataset, Path(paths.nnUNet_raw))) from error
     if not (Path(paths.nnUNet_raw) / name).is_dir():
-        raise UsageError(_unknown_dataset(dataset))
+        raise UsageError(unknown_dataset(dataset, Path(paths.nnUNet_raw)))
     return name
-
-
-def _unknown_dataset(dataset: str | int) -> str:
-    """What to say about a data set that is not there."""
-    raw = Path(paths.nnUNet_raw)
-    known = sorted(folder.name for folder in raw.glob("Dataset[0-9][0-9][0-9]_*"))
-    hint = did_you_mean(str(dataset), known) or did_you_mean(f"Dataset000_{dataset}", known)
-    return (
-        f"there is no data set {str(dataset)!r} in {raw}.{hint} Give the number or the full name of a folder "
-        f"DatasetXXX_Name; there are {', '.join(known[:10]) or 'none'}{' and more' * (len(known) > 10)}"
-    )
 
 
 def _check_slab(num_slices: int | None, fingerprint: Mapping) -> None:
