@@ -18,7 +18,7 @@ from nnunetv2.preprocessing.resampling import default_resampling
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from skimage.io import imsave
-from test_report import PageParser
+from test_report import PageParser, browse  # noqa: F401 - a fixture
 
 from nnunetv2_smallseg.cli.main import build_parser, main
 from nnunetv2_smallseg.data.lesion_table import measure_case
@@ -335,6 +335,16 @@ def test_fingerprint_of_the_phantom(phantom, capsys):
     assert all(address.startswith(("data:", "#")) for address in parser.addresses)
     assert all(advice["text"].split(":")[0][:40] in " ".join(parser.text) for advice in content["recommendations"])
     assert matplotlib.image.imread(phantom.folder / NAMES[2]).std() > 0.05
+
+
+def test_the_page_works_in_a_browser(phantom, browse):  # noqa: F811
+    phantom()
+    file = phantom.folder / NAMES[0]
+    sort = "<script>document.querySelector('tr.columns button').click()</script>"
+    file.write_text(file.read_text().replace("</body>", f"{sort}</body>"))
+    dom, console = browse(file)
+    assert console == []
+    assert 'aria-sort="ascending"' in dom
 
 
 def test_3d_configurations(phantom, capsys):
