@@ -90,21 +90,23 @@ def train_and_compare(name: str, configuration: str, plans: dict, dataset_json: 
     alone = make(name, plans, dataset_json, configuration)
     alone.is_ddp = False
     alone.initialize()
-    # As in the next forward pass: distributed training gives all processes the first one's buffers.
-    for buffer in network.buffers():
+    for buffer in network.buffers():  # of batch normalisations, on the CPU each process has its own
         distributed.broadcast(buffer, 0)
     alone.unwrapped_network.load_state_dict(network.state_dict())
     if hasattr(trainer, "curriculum"):
         alone.curriculum, alone._measured, alone._weight_table = trainer.curriculum, [], trainer._weight_table
         alone.loss.weights = None
-    for module in (trainer.network, alone.network):
-        module.train()
-        quiet(module)
+    # In float64, because few values in a normalisation make rounding errors grow.
+    trainer.network, alone.network = several_processes.wrap(network.double(), trainer.device), alone.network.double()
+    for one in (trainer, alone):
+        one.optimizer = torch.optim.SGD(one.network.parameters(), lr=0.0)
+        one.network.train()
+        quiet(one.network)
     cases = [str(key) for key in trainer.do_split()[0][:NUM_PROCESSES]]
     generator = torch.Generator().manual_seed(0)
     patch = trainer.configuration_manager.patch_size
     scales = trainer._get_deep_supervision_scales() or [[1.0] * len(patch)]
-    image = torch.randn((NUM_PROCESSES, 1, *patch), generator=generator)
+    image = torch.randn((NUM_PROCESSES, 1, *patch), generator=generator).double()
     targets = [
         torch.randint(0, 2, (NUM_PROCESSES, 1, *[round(n * s) for n, s in zip(patch, scale, strict=True)]),
                       generator=generator)
@@ -124,9 +126,8 @@ def train_and_compare(name: str, configuration: str, plans: dict, dataset_json: 
         if whole.grad is not None
     ]
     own, whole = (flat(gradients) for gradients in zip(*pairs, strict=True))
-    # Sums in another order may turn an activation on or off, so the largest difference tells less than all of them.
-    facts["norm"] = float(whole.norm())
-    facts["difference"] = float((own - whole).norm())
+    facts["largest gradient"] = float(whole.abs().max())
+    facts["difference"] = float((own - whole).abs().max())
     facts["gradients"] = len(pairs)
     return facts
 
@@ -186,7 +187,7 @@ def test_every_trainer_in_two_processes(nnunet_folders, tmp_path):
             assert phase["moved"], name
             assert phase["encoder moved"] is (registry.trainer(name).network is not None and not phase["frozen"]), name
         assert not first["second"]["frozen"], name
-        assert first["difference"] < 1e-2 * first["norm"], (name, first)
+        assert first["difference"] < 1e-5 * first["largest gradient"], (name, first)
 
 
 def small_network(name: str) -> torch.nn.Module:
