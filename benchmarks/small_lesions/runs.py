@@ -159,7 +159,7 @@ def execute(workspace: Workspace, data: Data, run: Run, budget_seconds: float | 
     dataset_json = json.loads((preprocessed / "dataset.json").read_text())
     fold = data.fold(run.seed)
     iterations = workspace.scale(data).num_iterations if budget_seconds is None else None
-    with (folder / "output.log").open("w") as log, contextlib.redirect_stdout(log):
+    with (folder / "output.log").open("w", buffering=1) as log, contextlib.redirect_stdout(log):
         trainer_class = study_trainer(ARMS[run.arm], run.seed, max_iterations=iterations, max_seconds=budget_seconds)
         device = torch.device(workspace.device)
         trainer = trainer_class({**plans, "continue_training": False}, "2d", fold, dataset_json, device)
