@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.machine import machine_facts
 from nnunetv2_smallseg import registry, trainers
 from nnunetv2_smallseg.files import write_json
+from nnunetv2_smallseg.plans.configurations import resolve
 from nnunetv2_smallseg.plans.memory import build_trainer, prepare_trainer, random_batch, training_memory
 
 RESULTS = Path(__file__).parent / "results"
@@ -103,21 +104,23 @@ def measured_peak(
     return peak
 
 
-def compare(name: str, configuration: str, patch_size: int, batch_size: int, device: str) -> dict:
+def compare(
+    name: str, plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any], device: str = "cpu"
+) -> dict:
     """Prediction and measurement of one trainer."""
-    plans, dataset_json = example_plans(patch_size, batch_size)
     start = time.process_time()
     predicted = training_memory(getattr(trainers, name), plans, configuration, dataset_json, device_type=device)
     seconds = time.process_time() - start
     measured = measured_peak(name, plans, configuration, dataset_json, device)
+    planned = resolve(plans, configuration)
     return {
         "trainer": name,
         "configuration": configuration,
-        "patch_size": plans["configurations"][configuration]["patch_size"],
-        "batch_size": batch_size,
+        "patch_size": planned["patch_size"],
+        "batch_size": planned["batch_size"],
         "predicted_bytes": predicted.total,
         "predicted_parts": predicted.parts(),
-        "moment": predicted.moment,
+        "peak_in": predicted.moment,
         "measured_bytes": measured,
         "error": round(predicted.total / measured - 1, 4),
         "prediction_cpu_seconds": round(seconds, 2),
@@ -134,10 +137,11 @@ def main() -> None:
     parser.add_argument("-batch_size", type=int, default=2)
     arguments = parser.parse_args()
     target = RESULTS / f"memory_{arguments.device}.json"
+    plans, dataset_json = example_plans(arguments.patch_size, arguments.batch_size)
     runs = json.loads(target.read_text())["runs"] if target.is_file() else []
     for configuration in arguments.c:
         for name in arguments.tr:
-            run = compare(name, configuration, arguments.patch_size, arguments.batch_size, arguments.device)
+            run = compare(name, plans, configuration, dataset_json, arguments.device)
             runs = [old for old in runs if (old["trainer"], old["configuration"]) != (name, configuration)] + [run]
             machine = machine_facts(arguments.device, ("torch", "nnunetv2", "numba", "triton"))
             write_json({"machine": machine, "num_classes": NUM_CLASSES, "runs": runs}, target)

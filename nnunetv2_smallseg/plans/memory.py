@@ -98,6 +98,7 @@ def training_memory(
     dataset_json: Mapping[str, Any],
     *,
     device_type: str = "cuda",
+    grad_checkpointing: bool = False,
 ) -> TrainingMemory:
     """Predicts the peak of the memory of a training step, without a GPU and without allocating any of it.
 
@@ -109,7 +110,9 @@ def training_memory(
         configuration: Name of the configuration.
         dataset_json: nnU-Net's description of the data set.
         device_type: "cuda" or "cpu".
+        grad_checkpointing: Whether the network computes activations again in the backward pass.
     Raises:
+        NotImplementedError: If the network cannot do so.
         SmallSegError: If the memory of the scans cannot be predicted (``scan_backend``).
         ValueError: If ``device_type`` is another, or the network cannot train on such a batch.
     """
@@ -120,21 +123,28 @@ def training_memory(
     followed = _FollowedStorages(backend, CUDA_BLOCK if device_type == "cuda" else 1)
     with standing_for(device_type), FakeTensorMode(), _NumbersWithoutData(), followed:
         prepare_trainer(trainer)
-        if device_type == "cuda":
-            # PyTorch's choice for parameters on CUDA: all at once, with temporary tensors for all.
-            for group in trainer.optimizer.param_groups:
-                group["foreach"] = True
+        if grad_checkpointing:
+            trainer.planar_network.set_grad_checkpointing()
         followed.phase = "optimizer_state"
+        _all_at_once(trainer.optimizer, True)  # far fewer operators; what they leave behind is the same
         for parameter in trainer.network.parameters():
             parameter.grad = torch.zeros_like(parameter)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad(set_to_none=True)
+        # PyTorch's choice for parameters on CUDA, which makes temporary tensors for all of them at once.
+        _all_at_once(trainer.optimizer, device_type == "cuda")
         followed.phase = "batch"
         batch = random_batch(trainer)
         followed.start()
         with _phases(trainer, followed, CudaPrecision() if device_type == "cuda" else None):
             trainer.train_step(batch)
     return followed.summary()
+
+
+def _all_at_once(optimizer: torch.optim.Optimizer, enabled: bool) -> None:
+    """Whether an optimizer's operators take all parameters together."""
+    for group in optimizer.param_groups:
+        group["foreach"] = enabled
 
 
 def scan_backend(device_type: str) -> Backend:
