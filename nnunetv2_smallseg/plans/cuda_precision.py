@@ -19,22 +19,9 @@ __all__ = ["CudaPrecision"]
 
 # By the names of the functions and methods. Losses, and products over axes, are in float32 on the CPU as well.
 _IN_FLOAT32 = {
-    *(
-        "exp",
-        "expm1",
-        "log",
-        "log10",
-        "log1p",
-        "log2",
-        "logsumexp",
-        "reciprocal",
-        "rsqrt",
-        "pow",
-        "__pow__",
-        "__rpow__",
-    ),
-    *("softplus", "layer_norm", "group_norm", "rms_norm", "cosine_similarity", "cdist", "dist", "norm", "interpolate"),
-    *("l1_loss", "smooth_l1_loss", "huber_loss"),
+    *("exp", "expm1", "log", "log10", "log1p", "log2", "logsumexp", "reciprocal", "rsqrt"),
+    *("pow", "__pow__", "__rpow__", "softplus", "layer_norm", "group_norm", "rms_norm", "cosine_similarity", "dist"),
+    *("cdist", "norm", "interpolate", "l1_loss", "smooth_l1_loss", "huber_loss"),
 }
 # These read half precision and give float32, unless told otherwise.
 _TO_FLOAT32 = {"softmax", "log_softmax", "sum", "cumsum", "cumprod"}

@@ -160,8 +160,8 @@ def scan_backend(device_type: str) -> Backend:
         name = "triton" if requested == "auto" else requested
     if name in ("mamba_ssm", "reference"):
         raise SmallSegError(
-            f"the memory of scans by the back end {name!r} cannot be predicted: unset {ENVIRONMENT_VARIABLE}, or set it "
-            f"to another back end, for planning"
+            f"the memory of scans by the back end {name!r} cannot be predicted: unset {ENVIRONMENT_VARIABLE}, or set "
+            "it to another back end, for planning"
         )
     return BACKENDS[name]
 
