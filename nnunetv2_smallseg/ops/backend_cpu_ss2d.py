@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from nnunetv2_smallseg.ops import cpu_compilation, cpu_threads
 from nnunetv2_smallseg.ops.cpu_compilation import Kernels, KernelStore
 from nnunetv2_smallseg.ops.ss2d_arguments import NUM_DIRECTIONS, SS2DGradients, SS2DInputs, ss2d_state_shape
+from nnunetv2_smallseg.ops.tracing import has_no_data
 
 __all__ = ["KERNELS", "ss2d_backward", "ss2d_forward", "unavailable", "unsupported"]
 
@@ -34,12 +36,34 @@ def unsupported(inputs: SS2DInputs) -> str | None:
 
 def ss2d_forward(inputs: SS2DInputs, keep_states: bool) -> tuple[Tensor, Tensor]:
     """Output (B, H, W, D) and the states at the chunk boundaries, ``ss2d_state_shape`` (no chunks unless kept)."""
-    return _forward(KERNELS.kernels(inputs.x.dtype), inputs, keep_states)
+    return _forward(_kernels(inputs.x), inputs, keep_states)
 
 
 def ss2d_backward(inputs: SS2DInputs, states: Tensor, gradient: Tensor) -> SS2DGradients:
     """Gradients from the gradient (B, H, W, D) of the output and the states kept by ``ss2d_forward``."""
-    return _backward(KERNELS.kernels(inputs.x.dtype), inputs, states, gradient)
+    return _backward(_kernels(inputs.x), inputs, states, gradient)
+
+
+def _kernels(x: Tensor) -> Kernels:
+    """The kernels for the type of a tensor; where it has no data, nothing is compiled."""
+    if has_no_data(x):
+        from nnunetv2_smallseg.ops.cpu_kernels import BLOCK
+
+        return Kernels(_do_nothing, _do_nothing, BLOCK)
+    return KERNELS.kernels(x.dtype)
+
+
+def _do_nothing(*_: Any) -> None:
+    """Stands for a kernel."""
+
+
+def _run(
+    kernel: Callable[..., None], arguments: Sequence[Any], sizes: tuple[int, int], tasks: Sequence[tuple[int, ...]]
+) -> None:
+    """Runs a kernel on tensors, and sequences of them, for every task; not where they have no data."""
+    if not has_no_data(arguments[0]):
+        arrays = [tuple(t.numpy() for t in x) if isinstance(x, list) else x.detach().numpy() for x in arguments]
+        cpu_threads.run(lambda *task: kernel(*arrays, *sizes, *task), tasks)
 
 
 def _forward(kernels: Kernels, inputs: SS2DInputs, keep_states: bool) -> tuple[Tensor, Tensor]:
@@ -49,13 +73,13 @@ def _forward(kernels: Kernels, inputs: SS2DInputs, keep_states: bool) -> tuple[T
     out = inputs.x.new_empty(groups, batch, height * width, channels)
     _, chunks, num_states, columns = ss2d_state_shape(inputs)
     states = out.new_empty(batch, chunks if keep_states else 0, num_states, columns)
-    arrays = (*_arrays(inputs, _projected(inputs)), out.numpy(), states.numpy(), height, width)
+    arguments = (*_tensors(inputs, _projected(inputs)), out, states)
     firsts = range(0, channels, kernels.block)
     tasks = [
         (row, group, first, min(kernels.block, channels - first))
         for row, group, first in itertools.product(range(batch), range(groups), firsts)
     ]
-    cpu_threads.run(lambda *task: kernels.forward(*arrays, *task), tasks)
+    _run(kernels.forward, arguments, (height, width), tasks)
     return _summed(out).view_as(inputs.x), states
 
 
@@ -79,16 +103,10 @@ def _backward(kernels: Kernels, inputs: SS2DInputs, states: Tensor, gradient: Te
             (batch, NUM_DIRECTIONS, channels),
         )
     ]
-    arrays = (
-        *_arrays(inputs, projected),
-        gradient.view(batch, height * width, channels).numpy(),
-        states.numpy(),
-        tuple(x.numpy() for x in gradients),
-        height,
-        width,
-    )
+    pixels_gradient = gradient.view(batch, height * width, channels)
+    arguments = (*_tensors(inputs, projected), pixels_gradient, states, gradients)
     tasks = list(itertools.product(range(batch), range(groups), range(parts)))
-    cpu_threads.run(lambda *task: kernels.backward(*arrays, *task), tasks)
+    _run(kernels.backward, arguments, (height, width), tasks)
     x, projected_gradient, step_weight, A, bias, skip = (_summed(x) for x in gradients)
     # (B * L, D) and (B * L, 4 * (R + 2N))
     pixels, projected_gradient = inputs.x.view(-1, channels), projected_gradient.view(-1, NUM_DIRECTIONS * projections)
@@ -110,11 +128,11 @@ def _projected(inputs: SS2DInputs) -> Tensor:
     return (inputs.x.view(-1, channels) @ weight.t()).view(batch, height * width, NUM_DIRECTIONS, -1)
 
 
-def _arrays(inputs: SS2DInputs, projected: Tensor) -> tuple[Any, ...]:
-    """What both kernels read, as arrays with channels last."""
+def _tensors(inputs: SS2DInputs, projected: Tensor) -> tuple[Tensor, ...]:
+    """What both kernels read, with channels last."""
     batch, height, width, channels = inputs.x.shape
     rates = inputs.A_logs.exp().mul_(-math.log2(math.e)).view(NUM_DIRECTIONS, channels, -1).transpose(1, 2)
-    tensors = (
+    return (
         inputs.x.view(batch, height * width, channels),
         projected,
         inputs.dt_projs_weight.transpose(1, 2).contiguous(),
@@ -122,7 +140,6 @@ def _arrays(inputs: SS2DInputs, projected: Tensor) -> tuple[Any, ...]:
         rates.contiguous(),
         inputs.Ds.view(NUM_DIRECTIONS, channels),
     )
-    return tuple(x.detach().numpy() for x in tensors)
 
 
 def _summed(partial: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from nnunetv2_smallseg.ops.arguments import CHUNK_STEPS
 from nnunetv2_smallseg.ops.ss2d_arguments import NUM_DIRECTIONS, SS2DGradients, SS2DInputs
+from nnunetv2_smallseg.ops.tracing import has_no_data
 
 __all__ = ["ss2d_backward", "ss2d_forward", "ss2d_state_shape", "unavailable", "unsupported"]
 
@@ -314,7 +315,9 @@ class _Call:
         return states
 
     def launch(self, name: str, grid: tuple[int, ...], *arguments: Any, **sizes: int) -> None:
-        """Launches a kernel."""
+        """Launches a kernel; without data there is nothing for it to do."""
+        if has_no_data(self.x):
+            return
         _kernel(name)[grid](*arguments, **sizes, **_LAUNCH)
 
 

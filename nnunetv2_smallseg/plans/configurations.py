@@ -13,6 +13,7 @@ from nnunetv2_smallseg.errors import SmallSegError, UsageError, did_you_mean
 
 __all__ = [
     "NETWORK_OPTIONS_KEY",
+    "PLANNING_KEY",
     "TRAINING_KEY",
     "check_configuration",
     "check_num_slices",
@@ -27,6 +28,8 @@ __all__ = [
 TRAINING_KEY = "training"
 # Optional part of a configuration: constructor options of our networks, by class name.
 NETWORK_OPTIONS_KEY = "network_options"
+# Optional part of a configuration: what it was planned for, the memory predicted and the reasons. For readers only.
+PLANNING_KEY = "planning"
 
 
 def check_num_slices(value: int) -> None:

@@ -1,6 +1,6 @@
 """Writes plans with the configurations ``2d`` and ``2.5d`` for a data set whose fingerprint nnU-Net has extracted.
 
-Patch and batch size come from nnU-Net's own 2D planner; planning by network and memory is not part of this yet.
+Patch and batch size come from nnU-Net's own 2D planner; ``network_planner.py`` plans for a network and a memory.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2 import paths
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_PLANS_NAME = "nnUNetSmallSegPlans"
 DEFAULT_NUM_SLICES = 3
+# Who may have written plans that are planned again.
+PLANNERS = ("SmallSegPlanner", "NetworkPlanner")
 # Stride of the networks: a patch that is no multiple of it would be padded with zeros inside the network.
 PATCH_MULTIPLE = 32
 
@@ -51,7 +54,12 @@ class SmallSegPlanner(ExperimentPlanner):
         patch_size: Height and width in voxels, rounded up to multiples of 32; None leaves it to nnU-Net.
         batch_size: Patches in a batch; None leaves it to nnU-Net.
         training: Schedule and switches for our trainers (``SETTINGS`` of ``plans/switches.py``).
+
+    Attributes:
+        patch_multiple: Height and width of patches are multiples of this.
     """
+
+    patch_multiple: int = PATCH_MULTIPLE
 
     def __init__(
         self,
@@ -74,28 +82,42 @@ class SmallSegPlanner(ExperimentPlanner):
         if len(spacing) == 3:
             # Dropped by save_plans. A patch as large as the image keeps nnU-Net from searching for a 3d_lowres.
             return {"patch_size": median_shape, "spacing": spacing}
-        shape = median_shape if self.patch_size is None else [_round_up(size) for size in self.patch_size]
+        shape = median_shape if self.patch_size is None else self._rounded_up(self.patch_size)
+        return self.plan_slices(shape, spacing, median_shape, *arguments, **options)
+
+    def plan_slices(self, shape: Sequence[float], spacing, median_shape, *arguments, **options) -> dict:
+        """nnU-Net's plan for slices as if the images had another shape, (height, width) in voxels."""
         plan = super().get_plans_for_configuration(spacing, shape, *arguments, **options)
         plan["median_image_size_in_voxels"] = median_shape
-        plan["patch_size"] = [_round_up(size) for size in plan["patch_size"]]
+        plan["patch_size"] = self._rounded_up(plan["patch_size"])
         if self.batch_size is not None:
             plan["batch_size"] = self.batch_size
         if self.training:
             plan[TRAINING_KEY] = self.training
         return plan
 
+    def _rounded_up(self, shape: Sequence[float]) -> list[int]:
+        return [math.ceil(size / self.patch_multiple) * self.patch_multiple for size in shape]
+
+    def configurations(self, plans: dict, num_slices: int | None) -> dict[str, dict]:
+        """The configurations to write.
+
+        Args:
+            plans: nnU-Net's, with its ``2d``.
+            num_slices: Slices of a slab; None where the images have no slices.
+        """
+        planar = plans["configurations"]["2d"]
+        return {"2d": planar} if num_slices is None else {"2d": planar, "2.5d": slab_configuration(planar, num_slices)}
+
     def save_plans(self, plans: dict) -> None:
         """Writes ``2d`` and, for volumes, ``2.5d``; configurations a user added to older plans are kept."""
-        planar = plans["configurations"]["2d"]
-        configurations = {"2d": planar}
         are_volumes = plans["original_median_shape_after_transp"][0] > 1
-        if are_volumes:
-            configurations["2.5d"] = slab_configuration(planar, self.num_slices or DEFAULT_NUM_SLICES)
-        elif self.num_slices is not None:
+        if self.num_slices is not None and not are_volumes:
             raise UsageError(
                 f"{self.dataset_name} holds single images, which have no slices to stack: leave out -num_slices; "
                 "the plans get the configuration 2d only"
             )
+        configurations = self.configurations(plans, (self.num_slices or DEFAULT_NUM_SLICES) if are_volumes else None)
         target = Path(paths.nnUNet_preprocessed) / self.dataset_name / f"{self.plans_identifier}.json"
         if target.is_file():
             old = load_json(str(target))
@@ -108,21 +130,24 @@ class SmallSegPlanner(ExperimentPlanner):
         write_json(plans, target)
 
 
-def _round_up(size: float) -> int:
-    return math.ceil(size / PATCH_MULTIPLE) * PATCH_MULTIPLE
-
-
 def plan_dataset(
     dataset: str | int,
     plans_name: str = DEFAULT_PLANS_NAME,
     *,
+    planner_class: type[SmallSegPlanner] = SmallSegPlanner,
     num_slices: int | None = None,
-    patch_size: Sequence[int] | None = None,
-    batch_size: int | None = None,
     training: Mapping[str, object] | None = None,
+    **options: Any,
 ) -> tuple[Path, dict]:
-    """Plans a data set; see ``SmallSegPlanner`` for the arguments.
+    """Plans a data set.
 
+    Args:
+        dataset: Name or number of the data set.
+        plans_name: Name of the plans.
+        planner_class: What plans.
+        num_slices: See ``SmallSegPlanner``.
+        training: See ``SmallSegPlanner``.
+        options: Further arguments of the planner's.
     Returns:
         Path of the plans file and its content.
     Raises:
@@ -131,7 +156,6 @@ def plan_dataset(
     """
     if num_slices is not None:
         check_num_slices(num_slices)
-    check_plans_name(plans_name)
     for setting, value in (training or {}).items():
         check_setting(setting, value, "the call")
     check_plans_name(plans_name)
@@ -157,7 +181,7 @@ def plan_dataset(
     if target.is_file():
         old = read_object(target, ("configurations",), "Remove it, or choose another -plans_name.")
         planner_used = old.get("experiment_planner_used")
-        if planner_used != SmallSegPlanner.__name__:
+        if planner_used not in PLANNERS:
             raise UsageError(
                 f"{target} was written by {planner_used}, not by smallseg plan, and is left as it is: choose another "
                 "-plans_name"
@@ -170,23 +194,18 @@ def plan_dataset(
     chatter = io.StringIO()
     try:
         with redirect_stdout(chatter), redirect_stderr(chatter):
-            planner = SmallSegPlanner(
-                name,
-                plans_name,
-                num_slices=num_slices,
-                patch_size=patch_size,
-                batch_size=batch_size,
-                training=training,
-            )
+            try:
+                planner = planner_class(name, plans_name, num_slices=num_slices, training=training, **options)
+            except AssertionError as error:
+                raise SmallSegError(
+                    f"splits_final.json in {raw} and in {preprocessed} hold different folds: delete the one you do not "
+                    "want"
+                ) from error
             plans = planner.plan_experiment()
     except RuntimeError as error:
         if "Unable to determine a reader" not in str(error):
             raise
         raise SmallSegError(f"nnU-Net cannot read the images of {name}: {error} Replace the damaged file.") from error
-    except AssertionError as error:
-        raise SmallSegError(
-            f"splits_final.json in {raw} and in {preprocessed} hold different folds: delete the one you do not want"
-        ) from error
     finally:
         logger.debug(chatter.getvalue())
     return target, plans

@@ -9,6 +9,7 @@ into. What is done, and where it differs from the paper: ``docs/curriculum.md``;
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -162,8 +163,17 @@ class CurriculumMixin(LesionLabels, CheckpointState):
         """Sets the weights of this epoch. They follow from epoch and state, so resuming needs nothing else."""
         super().on_train_epoch_start()
         if self.curriculum is not None:
-            self._epoch_weights = self.curriculum.weights(self.current_epoch / self.num_epochs)
-            self._weight_table = torch.tensor(self._epoch_weights, dtype=torch.float32, device=self.device)
+            self._weigh_cases()
+
+    def _weigh_cases(self) -> None:
+        self._epoch_weights = self.curriculum.weights(self.current_epoch / self.num_epochs)
+        self._weight_table = torch.tensor(self._epoch_weights, dtype=torch.float32, device=self.device)
+
+    def prepare_rehearsal(self, keys: Sequence[str]) -> None:
+        """A curriculum over cases with lesions of one size."""
+        super().prepare_rehearsal(keys)
+        self.curriculum = Curriculum(dict.fromkeys(keys, 0.1))
+        self._weigh_cases()
 
     def train_step(self, batch: dict) -> dict:
         """nnU-Net's training step with the weights of the batch's cases; the result holds what it measured, too.

@@ -21,7 +21,14 @@ NAMES_SHOWN = 5
 
 
 class InputChecks:
-    """Refuses what cannot be trained; goes before nnU-Net's trainer."""
+    """Refuses what cannot be trained; goes before nnU-Net's trainer.
+
+    Attributes:
+        needs_preprocessed_data: Whether a trainer is refused whose data are not there; not so where only the memory of
+            a training is asked for, which is before preprocessing.
+    """
+
+    needs_preprocessed_data: bool = True
 
     def __init__(
         self,
@@ -35,7 +42,8 @@ class InputChecks:
             _check_fold(fold)
             _check_intensities(plans)
             _check_environment(device)
-            _check_preprocessed(plans, configuration, fold)
+            if self.needs_preprocessed_data:
+                _check_preprocessed(plans, configuration, fold)
         super().__init__(plans, configuration, fold, dataset_json, device)
 
 

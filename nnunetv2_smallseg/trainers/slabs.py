@@ -5,7 +5,7 @@ Everything goes through the hooks of nnU-Net's ``nnUNetTrainer`` (2.8): nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -97,6 +97,12 @@ class SlabTrainer(InputChecks, FiniteLoss, LesionSampling, LesionTargets, CrashS
         values = ", ".join(f"{name} = {getattr(self, name)}" for name in SWITCHES)
         self.print_to_log_file(f"Switches of {type(self).__name__}: {values}")
         super().on_train_start()
+
+    def prepare_rehearsal(self, keys: Sequence[str]) -> None:
+        """Makes ``train_step`` work without a data set, on a batch of the cases ``keys``.
+
+        Called in place of ``on_train_start`` where the memory of a step is predicted or measured (``plans/memory.py``).
+        """
 
     def _get_deep_supervision_scales(self) -> list[list[float]] | None:
         """nnU-Net's scales; those of slabs never pool slices."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from nnunetv2_smallseg.ops.tracing import runs_on_cpu
+
 __all__ = ["in_faster_layout", "instance_norm"]
 
 
@@ -24,7 +26,7 @@ def in_faster_layout(x: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, C, H, W).
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not runs_on_cpu(x):
         return x
     if x.shape[0] * x.shape[2] * x.shape[3] < 9 * x.shape[1]:
         return x.contiguous()
@@ -50,7 +52,7 @@ def instance_norm(
     Raises:
         ValueError: If there is only one value per image and channel.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or not _is_channels_last(x):
+    if torch.compiler.is_compiling() or not runs_on_cpu(x) or not _is_channels_last(x):
         return functional.instance_norm(x, weight=weight, bias=bias, eps=eps)
     images = [functional.batch_norm(image, None, None, weight, bias, training=True, eps=eps) for image in x.split(1)]
     return images[0] if len(images) == 1 else torch.cat(images)
