@@ -26,7 +26,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnU
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from benchmarks.machine import interleaved_medians, machine_facts
+from benchmarks.machine import machine_facts
 from nnunetv2_smallseg.data import lesion_table as tables
 from nnunetv2_smallseg.data.lesion_loader import SAMPLINGS, LesionDataLoader, LesionSampler
 from nnunetv2_smallseg.data.lesion_table import Lesions, LesionTable, lesion_table
@@ -130,6 +130,23 @@ def loader_of(
     return LesionDataLoader(*arguments, lesions=sampler, jitter=jitter, **options)
 
 
+def time_batches(loaders: dict[str, nnUNetDataLoader], rounds: int) -> dict[str, np.ndarray]:
+    """Processor time of batches in milliseconds, (rounds,) for each loader; they take turns, and turns at being first.
+
+    Processor time: other processes on the machine change the wall time more than the loaders differ.
+    """
+    for loader in loaders.values():
+        next(loader)
+    names = list(loaders)
+    times = {name: np.zeros(rounds) for name in names}
+    for number in range(rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            start = time.process_time()
+            next(loaders[name])
+            times[name][number] = 1000 * (time.process_time() - start)
+    return times
+
+
 def measure_throughput(folder: Path, rounds: int) -> list[dict]:
     """Times batches of the three loaders in turns."""
     diameters = [diameter for diameter, number in LESIONS_OF_A_CASE.items() for _ in range(number)]
@@ -151,20 +168,18 @@ def measure_throughput(folder: Path, rounds: int) -> list[dict]:
             }
             np.random.seed(0)  # noqa: NPY002 - what the loaders draw from
             torch.manual_seed(0)
-            for loader in loaders.values():
-                next(loader)
-            number = rounds if transformed else 4 * rounds
-            medians = interleaved_medians({name: loader.__next__ for name, loader in loaders.items()}, number)
+            times = time_batches(loaders, rounds if transformed else 4 * rounds)
             runs.append(
                 {
                     "configuration": dimension,
                     "patch_size": list(patch_size),
                     "batch_size": batch_size,
                     "transforms": transformed,
-                    "batch": medians,
+                    "batches": len(times["voxel"]),
+                    "median_cpu_ms": {name: float(np.median(values)) for name, values in times.items()},
+                    # Batches of a round have the same augmentation; those of two rounds differ tenfold.
                     "throughput_of_nnunets": {
-                        name: medians["voxel"]["median_cpu_ms"] / medians[name]["median_cpu_ms"]
-                        for name in SAMPLINGS[1:]
+                        name: float(np.median(times["voxel"] / times[name])) for name in SAMPLINGS[1:]
                     },
                 }
             )
@@ -205,20 +220,33 @@ def measure_frequencies(folder: Path, draws: int) -> dict:
 
 
 def measure_jitter(folder: Path, patches: int) -> list[dict]:
-    """Share of patches in which a drawn lesion is seen after nnU-Net's augmentation, and as a whole before."""
+    """Shares of patches in which a drawn lesion is seen, and as a whole, after nnU-Net's augmentation."""
     runs = []
     for dimension, patch_size in JITTER_PATCHES.items():
         shape = (72, 160, 160)
         dataset = write_data_set(folder / f"jitter_{dimension}", patch_size, shape, [JITTER_DIAMETER], NUM_CASES)
         initial, transforms = augmentation(patch_size)
+        inside = tuple(slice(1, side - 1) for side in patch_size)
         for jitter in JITTERS:
             np.random.seed(0)  # noqa: NPY002
             torch.manual_seed(0)
             options = {"initial": initial, "batch_size": 1, "share": 1.0, "jitter": jitter, "transforms": transforms}
             loader = loader_of(dataset, "lesion", patch_size, **options)
-            seen = sum(bool((next(loader)["target"] == 1).any()) for _ in range(patches))
+            seen = whole = 0
+            for _ in range(patches):
+                lesion = next(loader)["target"][0, 0] == 1
+                seen += bool(lesion.any())
+                # What does not touch the edge of the patch is not cut.
+                whole += bool(lesion.any() and lesion.sum() == lesion[inside].sum())
             runs.append(
-                {"configuration": dimension, "patch_size": list(patch_size), "jitter": jitter, "seen": seen / patches}
+                {
+                    "configuration": dimension,
+                    "patch_size": list(patch_size),
+                    "jitter": jitter,
+                    "patches": patches,
+                    "seen": seen / patches,
+                    "whole": whole / patches,
+                }
             )
     return runs
 

@@ -323,21 +323,21 @@ def sampling_frequencies_table() -> str:
 
 
 def sampling_jitter_table() -> str:
-    """Share of patches in which the drawn lesion is still seen after augmentation."""
+    """Shares of patches in which the drawn lesion is seen, and as a whole, after augmentation."""
     runs = loader_results()["jitter"]
     jitters = sorted({run["jitter"] for run in runs})
     lines = [
-        "Share of oversampled patches that still show the drawn lesion (6 mm, voxels of 1 mm) after nnU-Net's "
-        "augmentation:",
+        f"{runs[0]['patches']} oversampled patches each after nnU-Net's augmentation; lesions of 6 mm, voxels of 1 mm.",
         "",
-        f"| patch | {' | '.join(f'`lesion_jitter` {jitter:g}' for jitter in jitters)} |",
-        "|" + "---|" * (1 + len(jitters)),
+        f"| patch | the drawn lesion is | {' | '.join(f'`lesion_jitter` {jitter:g}' for jitter in jitters)} |",
+        "|" + "---|" * (2 + len(jitters)),
     ]
     for configuration in dict.fromkeys(run["configuration"] for run in runs):
         mine = {run["jitter"]: run for run in runs if run["configuration"] == configuration}
         size = " x ".join(map(str, mine[jitters[0]]["patch_size"]))
-        shares = " | ".join(f"{100 * mine[jitter]['seen']:.1f} %" for jitter in jitters)
-        lines.append(f"| {configuration}, {size} | {shares} |")
+        for key, words in (("seen", "in the patch"), ("whole", "not cut by its edge")):
+            shares = " | ".join(f"{100 * mine[jitter][key]:.1f} %" for jitter in jitters)
+            lines.append(f"| {configuration}, {size} | {words} | {shares} |")
     return "\n".join(lines)
 
 
@@ -352,16 +352,17 @@ def sampling_throughput_table() -> str:
     ]
     for run in results["throughput"]:
         size = " x ".join(map(str, run["patch_size"]))
-        times = " | ".join(f"{run['batch'][name]['median_cpu_ms']:.1f}" for name in names)
+        times = " | ".join(f"{run['median_cpu_ms'][name]:.1f}" for name in names)
         shares = " and ".join(f"{100 * share:.1f} %" for share in run["throughput_of_nnunets"].values())
         lines.append(
             f"| {run['batch_size']} of {size} | {'nnU-Net' if run['transforms'] else 'none'} | {times} | {shares} |"
         )
     machine = results["machine"]
+    batches = " to ".join(str(number) for number in sorted({run["batches"] for run in results["throughput"]}))
     lines += [
         "",
-        f"Medians of the processor time of interleaved batches on one core of {machine['processor']}, which also did "
-        "other work; the wall times are in the results file.",
+        "Medians of processor time, and of the ratio of batches with the same augmentation, over "
+        f"{batches} batches, on one core of {machine['processor']}, which also did other work.",
     ]
     return "\n".join(lines)
 
