@@ -24,7 +24,7 @@ from nnunetv2_smallseg.trainers.amplification import AmplificationMixin
 from nnunetv2_smallseg.trainers.curriculum import CurriculumMixin
 
 SCHEDULE = {"num_epochs": 3, "num_iterations_per_epoch": 4, "num_val_iterations_per_epoch": 2}
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 250
 
 
 class EverythingAtOnce(CurriculumMixin, AmplificationMixin, nnUNetTrainerAHNet):

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from interrupted_training import SCHEDULE, InterruptedTraining, differences, make
+from interrupted_training import PATIENCE_SECONDS, SCHEDULE, InterruptedTraining, differences, make
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from torch import distributed
 
@@ -87,10 +87,8 @@ def test_killed_trainings_end_as_if_they_had_not_been(nnunet_workspace, uninterr
 
 
 @pytest.mark.slow
-def test_thirty_kills(request, nnunet_workspace, uninterrupted, tmp_path, capsys):
+def test_thirty_kills(nnunet_workspace, uninterrupted, tmp_path, capsys):
     """As above, in as many trainings as thirty kills take: ``pytest -m slow -k thirty``."""
-    if "slow" not in request.config.option.markexpr:
-        pytest.skip("takes minutes: pytest -m slow")
     generator, kills, trainings, within_writing = random.Random(time.time_ns()), 0, 0, 0
     while kills < 30:
         training = InterruptedTraining(nnunet_workspace, tmp_path / f"results_{trainings}")
@@ -353,8 +351,8 @@ def test_a_full_disk_does_not_end_training_while_an_older_checkpoint_stands(smal
     assert len(steps) == SCHEDULE["num_epochs"] * SCHEDULE["num_iterations_per_epoch"]
     # Of epoch 0 until there was room again, in the second iteration of epoch 1.
     assert states == [[], *[[0]] * 5, *[[1]] * 2, *[[2]] * 4]
-    assert log_of(trainer).count("checkpoint_latest.pth could not be written") == 3 + 2 + 1 + 1
-    assert log_of(trainer).count("checkpoint_best.pth could not be written") == 1
+    assert log_of(trainer).count("checkpoint_latest.pth was not written") == 3 + 2 + 1 + 1
+    assert log_of(trainer).count("checkpoint_best.pth was not written") == 1
     assert "training can be continued from checkpoint_latest.pth of 2" in log_of(trainer)
     assert "the figures of epoch 0 were not written: [Errno 28]" in log_of(trainer)
     best = torch.load(folder / "checkpoint_best.pth", weights_only=False)
@@ -368,7 +366,7 @@ def test_a_full_disk_at_the_end_keeps_the_older_checkpoint(small, limited_files,
     monkeypatch.setattr(
         trainer, "on_train_end", lambda: (limited_files.switch(True), type(trainer).on_train_end(trainer))
     )
-    with pytest.raises(CommandStopped, match=r"checkpoint_final.pth could not be written: .*--c then goes on from"):
+    with pytest.raises(CommandStopped, match=r"checkpoint_final.pth was not written: .*--c then goes on from"):
         trainer.run_training()
     limited_files.switch(False)
     assert {file.name for file in folder.glob("*.pth")} == {"checkpoint_latest.pth", "checkpoint_best.pth"}
@@ -379,12 +377,31 @@ def test_a_full_disk_from_the_start_ends_training(small, limited_files, monkeypa
     trainer = small()
     step = trainer.train_step
     monkeypatch.setattr(trainer, "train_step", lambda batch: (step(batch), limited_files.switch(True))[0])
-    with pytest.raises(CommandStopped, match=r"checkpoint_latest.pth could not be written: .*then start again"):
+    with pytest.raises(CommandStopped, match=r"checkpoint_latest.pth was not written: .*then start again"):
         trainer.run_training()
     # Who saves a checkpoint outside of a training is told in the way Python has for it.
     with pytest.raises(RuntimeError):
         trainer.save_checkpoint(str(Path(trainer.output_folder, "checkpoint_best.pth")))
     assert list(Path(trainer.output_folder).glob("*.pth")) == []
+
+
+def test_weights_that_are_no_numbers_replace_nothing(small, monkeypatch):
+    trainer = small()
+    folder = Path(trainer.output_folder)
+    step, steps = trainer.train_step, []
+
+    def poisoned(batch):
+        steps.append(batch)
+        output = step(batch)
+        if len(steps) == 3:
+            next(trainer.network.parameters()).data.fill_(float("nan"))
+        return output
+
+    monkeypatch.setattr(trainer, "train_step", poisoned)
+    with pytest.raises(CommandStopped, match="weights of the network are no longer finite"):
+        trainer.run_training()
+    assert unfinished_iterations(folder / "checkpoint_latest.pth") == 2
+    assert "checkpoint_latest.pth was not written: the weights of the network are no longer finite" in log_of(trainer)
 
 
 # Several processes
@@ -395,6 +412,7 @@ class Loop:
 
     device, disable_checkpointing, dataloader_train, dataloader_val = torch.device("cpu"), False, None, None
     num_epochs, num_iterations_per_epoch, current_epoch, _best_ema, is_ddp = 2, 3, 0, None, True
+    unwrapped_network = torch.nn.Identity()
 
     def __init__(self, folder: str, rank: int) -> None:
         self.output_folder, self.local_rank, self.logger, self.calls = folder, rank, SimpleNamespace(resume=False), []
@@ -453,7 +471,7 @@ def test_processes_stop_together(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(100)
+        process.join(PATIENCE_SECONDS)
     assert [process.exitcode for process in processes] == [128 + signal.SIGUSR1] * 2
     first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
     assert first == second

@@ -10,6 +10,7 @@ training, the methods it calls are therefore wrapped on this one object, around 
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from nnunetv2_smallseg.errors import CommandStopped, TrainingStopped
 from nnunetv2_smallseg.files import replacing
 from nnunetv2_smallseg.trainers.checkpoint_files import CHECKPOINTS, damage, newest_first, remove_leftovers
 from nnunetv2_smallseg.trainers.checkpoint_state import CheckpointState
+from nnunetv2_smallseg.trainers.finite_loss import all_finite
 from nnunetv2_smallseg.trainers.stop_requests import StopRequests, describe, exit_status
 
 __all__ = ["CrashSafety"]
@@ -285,16 +287,21 @@ class CrashSafety(CheckpointState):
         """nnU-Net's checkpoint, whole or not at all.
 
         If it cannot be written while training, say because the disk is full, training goes on as long as there is an
-        older checkpoint; only the final one must not fail.
+        older checkpoint; only the final one must not fail. Weights that are no numbers never replace older ones.
 
         Raises:
             OSError, RuntimeError: If it cannot be written, and no training of this trainer is running.
-            CommandStopped: If it cannot be written, and the training must not go on.
+            CommandStopped: If it was not written, and the training must not go on.
         """
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
         file = Path(filename)
+        if self._requests is not None and not all_finite(self.unwrapped_network.state_dict().values()):
+            self._go_on_without(
+                file, "the weights of the network are no longer finite", "Look at the losses in the log"
+            )
+            return
         try:
             with replacing(file) as temporary:
                 super().save_checkpoint(str(temporary))
@@ -302,20 +309,21 @@ class CrashSafety(CheckpointState):
             of_writing = isinstance(error, OSError) or any(part in str(error) for part in WRITER_MESSAGES)
             if self._requests is None or not of_writing:
                 raise
-            self._not_written |= {file.name}
-            self._go_on_without(file, error.__context__ if isinstance(error.__context__, OSError) else error)
+            free = shutil.disk_usage(file.parent).free / 1e9
+            reason = f"{error} ({free:.1f} GB are free there)"
+            self._go_on_without(file, reason, "Make room there, or check quota and permissions")
         else:
             self._last_checkpoint = time.monotonic()
 
-    def _go_on_without(self, file: Path, error: Exception) -> None:
+    def _go_on_without(self, file: Path, reason: str, advice: str) -> None:
         """Says that a checkpoint is missing; ends the training if it would be lost."""
-        reason = f"{file} could not be written: {error}"
+        self._not_written |= {file.name}
         older = newest_first(file.parent)
         if file.name == FINAL or not older:
             rest = f"the same command with --c then goes on from {older[0].name}" if older else "then start again"
-            raise CommandStopped(f"error: {reason}. Make room there, or check permissions; {rest}.") from error
+            raise CommandStopped(f"error: {file} was not written: {reason}. {advice}; {rest}.")
         self.print_to_log_file(
-            f"WARNING: {reason}. Make room there, or check permissions: until a checkpoint is written, training can be "
+            f"WARNING: {file} was not written: {reason}. {advice}. Until a checkpoint is written, training can be "
             f"continued from {_described(older[:1])} only."
         )
 

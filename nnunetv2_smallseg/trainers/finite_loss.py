@@ -7,13 +7,13 @@ goes on. NaN in an image, or weights that are no numbers any more, never get bet
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from nnunetv2_smallseg.errors import CommandStopped
 
-__all__ = ["FiniteLoss"]
+__all__ = ["FiniteLoss", "all_finite"]
 
 # Names of cases a message lists.
 NAMES_SHOWN = 10
@@ -44,7 +44,7 @@ class FiniteLoss:
         self._non_finite_losses += 1
         what = self._described(result["loss"], batch)
         _stop_for_images(what, batch)
-        if not _is_finite(self.unwrapped_network.state_dict().values()):
+        if not all_finite(self.unwrapped_network.state_dict().values()):
             raise CommandStopped(
                 f"error: {what}, and the weights of the network are no longer finite: training cannot go on. The "
                 "checkpoints of earlier epochs are whole: go on from them by the same command with --c. If it happens "
@@ -82,14 +82,14 @@ class FiniteLoss:
         )
 
 
-def _is_finite(tensors: object) -> bool:
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether all numbers in all tensors are finite."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor.is_floating_point())
 
 
 def _stop_for_images(what: str, batch: Mapping) -> None:
     """Raises ``CommandStopped`` if images of a batch (B, C, ...) hold NaN or infinite values."""
-    bad = [key for key, image in zip(batch["keys"], batch["data"], strict=True) if not _is_finite([image])]
+    bad = [key for key, image in zip(batch["keys"], batch["data"], strict=True) if not all_finite([image])]
     if bad:
         raise CommandStopped(
             f"error: {what}, because the preprocessed images of {_names(bad)} hold NaN or infinite values: no network "
