@@ -31,7 +31,8 @@ def commands(program: str) -> list[tuple[str, list[str]]]:
     found = []
     for page in PAGES:
         for block in bash_blocks(page):
-            for line in block.splitlines():
+            # A line that ends with a backslash goes on in the next one.
+            for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
                 if words and words[0] == program:
                     found.append((page.name, words[1:]))
