@@ -233,7 +233,6 @@ def _train(options: argparse.Namespace, device: torch.device) -> None:
     trainer.perform_actual_validation(options.npz)
 
 
-@record  # names the process that failed first in torchrun's report
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one of the processes that torchrun started.
 
@@ -256,4 +255,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(record(main)())  # torchrun reports the error of the process that failed first

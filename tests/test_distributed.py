@@ -54,19 +54,23 @@ def make(name: str, plans: dict, dataset_json: dict, configuration: str):
 
 
 def train_and_compare(name: str, configuration: str, plans: dict, dataset_json: dict) -> dict:
-    """Two epochs of a trainer, and a step compared with one process that has the whole batch."""
+    """Steps of a trainer, frozen and not, and one compared with that of one process with the whole batch."""
     rank = distributed.get_rank()
     torch.manual_seed(rank)  # the wrapper must make the processes agree
     np.random.seed(rank)  # noqa: NPY002 - what nnU-Net's data loader draws from
     trainer = make(name, plans, dataset_json, configuration)
     trainer.on_train_start()
     network = trainer.unwrapped_network
-    facts = {"batch": trainer.batch_size, "device": str(trainer.device), "equal at start": []}
-    facts["equal at start"] = equal_everywhere(flat(network.state_dict().values()))
+    facts = {
+        "batch": trainer.batch_size,
+        "device": str(trainer.device),
+        "equal at start": equal_everywhere(flat(network.state_dict().values())),
+    }
     encoder = list(trainer.planar_network.encoder_parameters()) if hasattr(trainer, "planar_network") else []
     frozen_epochs = getattr(trainer, "freeze_encoder_epochs", 0)
     images = []
-    for phase, epoch in (("first", 0), ("second", max(1, frozen_epochs))):
+    facts["epochs"] = []
+    for epoch in (0, frozen_epochs) if frozen_epochs else (0,):
         before = flat(network.parameters()), flat(encoder) if encoder else None
         trainer.current_epoch = epoch
         for series in trainer.logger.local_logger.my_fantastic_logging.values():
@@ -79,12 +83,14 @@ def train_and_compare(name: str, configuration: str, plans: dict, dataset_json: 
             results.append(trainer.train_step(batch))
         trainer.on_train_epoch_end(results)
         after = flat(network.parameters())
-        facts[phase] = {
-            "equal": equal_everywhere(after),
-            "moved": not torch.equal(after, before[0]),
-            "encoder moved": bool(encoder) and not torch.equal(flat(encoder), before[1]),
-            "frozen": epoch < frozen_epochs,
-        }
+        facts["epochs"].append(
+            {
+                "equal": equal_everywhere(after),
+                "moved": not torch.equal(after, before[0]),
+                "encoder moved": bool(encoder) and not torch.equal(flat(encoder), before[1]),
+                "frozen": epoch < frozen_epochs,
+            }
+        )
     facts["same images"] = equal_everywhere(flat(images))
 
     alone = make(name, plans, dataset_json, configuration)
@@ -182,12 +188,13 @@ def test_every_trainer_in_two_processes(nnunet_folders, tmp_path):
         assert first["device"] == "cpu", name
         assert first["equal at start"], name
         assert not first["same images"], name
-        for phase in (first["first"], first["second"]):
-            assert phase["equal"], name
-            assert phase["moved"], name
-            assert phase["encoder moved"] is (registry.trainer(name).network is not None and not phase["frozen"]), name
-        assert not first["second"]["frozen"], name
-        assert first["difference"] < 1e-5 * first["largest gradient"], (name, first)
+        for epoch in first["epochs"]:
+            assert epoch["equal"], name
+            assert epoch["moved"], name
+            assert epoch["encoder moved"] is (registry.trainer(name).network is not None and not epoch["frozen"]), name
+        assert not first["epochs"][-1]["frozen"], name
+        # nnU-Net gives the lowest output of several processes the weight 1e-6 instead of 0.
+        assert first["difference"] < 1e-4 * first["largest gradient"], (name, first)
 
 
 def small_network(name: str) -> torch.nn.Module:
