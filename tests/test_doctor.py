@@ -243,7 +243,7 @@ def test_damaged_weights_fail_and_replaced_ones_are_told(folders, monkeypatch):
     assert damaged.status == "failure" and str(file) in damaged.next_step
     monkeypatch.setenv("SMALLSEG_WEIGHTS_VMAMBA_TINY_IMAGENET", str(file))
     replaced = checked()
-    assert replaced.status == "info" and str(file) in replaced.message
+    assert replaced.status == "warning" and "is not the published file" in replaced.message
     monkeypatch.setenv("SMALLSEG_WEIGHTS_VMAMBA_TINY_IMAGENET", str(folders / "absent.pth"))
     absent = checked()
     assert absent.status == "failure"
