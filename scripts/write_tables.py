@@ -375,7 +375,27 @@ def lesion_table_table() -> str:
     )
 
 
+def memory_table() -> str:
+    """Predicted and measured memory of a training step of each trainer."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "memory_cpu.json").read_text())
+    lines = [
+        "| trainer | patch | batch size | predicted | measured | error | prediction takes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in results["runs"]:
+        patch = " x ".join(map(str, run["patch_size"]))
+        lines.append(
+            f"| `{run['trainer']}` | {patch} | {run['batch_size']} | {run['predicted_bytes'] / 2**20:.0f} MiB | "
+            f"{run['measured_bytes'] / 2**20:.0f} MiB | {100 * run['error']:+.1f} % | "
+            f"{run['prediction_cpu_seconds']:.1f} s |"
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in results["machine"]["versions"].items())
+    lines += ["", f"Tensors alive at the peak of a step at full size, on the CPU; {versions}."]
+    return "\n".join(lines)
+
+
 TABLES = (
+    ("docs/planning.md", "memory", memory_table),
     ("README.md", "trainers", trainers_table),
     ("docs/networks.md", "networks", networks_table),
     ("docs/networks.md", "published sizes", published_sizes_table),
