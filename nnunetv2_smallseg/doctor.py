@@ -117,7 +117,8 @@ def check_tested_versions() -> list[Row]:
     for package in ("nnunetv2", "torch"):
         check = f"{package} tested"
         here = importlib.metadata.version(package)
-        lowest, newest = (tested[end][package] for end in ("lowest", "newest"))
+        versions = sorted((run[package] for run in tested.values()), key=version_numbers)
+        lowest, newest = versions[0], versions[-1]
         span = lowest if lowest == newest else f"{lowest} to {newest}"
         if not version_numbers(lowest) <= version_numbers(here) <= version_numbers(newest):
             next_step = "watch the first training, and report what breaks with your versions"
