@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -137,17 +138,22 @@ def run_documented(
         "nnUNet_n_proc_DA": "0",
         "OMP_NUM_THREADS": "1",
     }
-    finished = subprocess.run(
+    process = subprocess.Popen(
         ["bash", "-ec", block],
         env=environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=500,
+        start_new_session=True,
     )
-    assert (finished.returncode == 0) is (status == 0), finished.stdout[-8000:]
-    return finished.stdout
+    try:
+        output, _ = process.communicate()
+    finally:
+        if process.poll() is None:  # the test ran out of time: torchrun ends its processes when it is told to end
+            os.killpg(process.pid, signal.SIGTERM)
+    assert (process.returncode == 0) is (status == 0), output[-8000:]
+    return output
 
 
 # Slurm, as far as the script asks for it: two nodes, each of which is this computer.
@@ -162,11 +168,9 @@ wait $first && wait $second
 }
 
 
-def test_one_computer_then_two(nnunet_workspace, tmp_path, monkeypatch):
-    """The page's commands, from given weights and then on from the checkpoint.
-
-    The network has batch normalisations, and one of the processes has no case to validate.
-    """
+@pytest.fixture
+def given_weights(nnunet_workspace, tmp_path, monkeypatch) -> dict[str, torch.Tensor]:
+    """Parameters of the checkpoint ``weights.pth``, which a single process has written."""
     plans = write_plans(nnunet_workspace, 1)
     for name, value in nnunet_workspace.environment.items():
         if name.startswith("nnUNet_"):
@@ -177,47 +181,59 @@ def test_one_computer_then_two(nnunet_workspace, tmp_path, monkeypatch):
     )
     alone.initialize()
     alone.save_checkpoint(str(tmp_path / "weights.pth"))
-    given = alone.network.state_dict()
+    return {name: parameter.detach() for name, parameter in alone.network.named_parameters()}
 
-    folder = tmp_path / "results" / nnunet_workspace.dataset / f"{TRAINER}__{PLANS_NAME}__2.5d" / "fold_0"
-    options = f"{TRAINER} -device cpu -pretrained_weights {tmp_path / 'weights.pth'} --npz"
-    output = run_documented("one computer", nnunet_workspace, tmp_path, TRAINER=options)
-    for rank in (0, 1):
-        assert f"worker {rank} batch_size 1" in output
-    assert output.count("Mean Validation Dice") == 1  # by the first process only
-    assert len(list(folder.glob("training_log_*.txt"))) == 1
-    assert len(list((folder / "validation").glob("*.npz"))) == 1
-    first = torch.load(folder / "checkpoint_final.pth", weights_only=False, map_location="cpu")
-    assert first["current_epoch"] == 1
-    moves = [
-        float((first["network_weights"][name] - tensor).abs().max())
-        for name, tensor in given.items()
-        if ".seg_layers." not in name and name in dict(alone.network.named_parameters())
-    ]
-    assert 0 < max(moves) < 0.02  # two steps away from the given weights, not from random ones
 
-    write_plans(nnunet_workspace, 2)
+def fold_of(workspace, tmp_path: Path) -> Path:
+    return tmp_path / "results" / workspace.dataset / f"{TRAINER}__{PLANS_NAME}__2.5d" / "fold_0"
+
+
+def read(checkpoint: Path) -> dict:
+    return torch.load(checkpoint, weights_only=False, map_location="cpu")
+
+
+def test_two_computers_from_given_weights(nnunet_workspace, given_weights, tmp_path):
+    """The Slurm script. The network has batch normalisations, and one of the processes has no case to validate."""
     for name, script in SLURM.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{script}")
         (tmp_path / name).chmod(0o755)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    changes = {"29500": port, "TRAINER": f"{TRAINER} -device cpu"}
-    output = run_documented("slurm", nnunet_workspace, tmp_path, programs=tmp_path, **changes)
-    second_output = (tmp_path / "srun.second").read_text()
-    assert "worker 0 batch_size 1" in output
-    assert "worker 1 batch_size 1" in second_output
-    for printed in (output, second_output):
-        assert "Epoch 1" in printed
-        assert "Epoch 0" not in printed
-    assert [printed.count("Mean Validation Dice") for printed in (output, second_output)] == [1, 0]
-    assert len(list(folder.glob("training_log_*.txt"))) == 2
+    options = f"{TRAINER} -device cpu --npz"
+    changes = {"29500": port, "TRAINER": options, "--c": f"-pretrained_weights {tmp_path / 'weights.pth'}"}
+    first = run_documented("slurm", nnunet_workspace, tmp_path, programs=tmp_path, **changes)
+    second = (tmp_path / "srun.second").read_text()
+    assert "worker 0 batch_size 1" in first
+    assert "worker 1 batch_size 1" in second
+    assert [printed.count("Mean Validation Dice") for printed in (first, second)] == [1, 0]  # by the first one only
+    folder = fold_of(nnunet_workspace, tmp_path)
+    assert len(list(folder.glob("training_log_*.txt"))) == 1
+    assert len(list((folder / "validation").glob("*.npz"))) == 1
     assert not list(folder.glob(".shared_*"))
-    second = torch.load(folder / "checkpoint_final.pth", weights_only=False, map_location="cpu")
-    assert second["current_epoch"] == 2
+    final = read(folder / "checkpoint_final.pth")
+    assert final["current_epoch"] == 1
+    moves = [
+        float((final["network_weights"][name] - parameter).abs().max())
+        for name, parameter in given_weights.items()
+        if ".seg_layers." not in name
+    ]
+    assert 0 < max(moves) < 0.02  # two steps away from the given weights, not from random ones
 
 
+@pytest.mark.slow
+def test_one_computer_goes_on(nnunet_workspace, given_weights, tmp_path):
+    folder = fold_of(nnunet_workspace, tmp_path)
+    for epochs, options in ((1, "--disable_checkpointing"), (1, "--c"), (2, "--c"), (2, "--val --val_best")):
+        write_plans(nnunet_workspace, epochs)
+        output = run_documented("one computer", nnunet_workspace, tmp_path, TRAINER=f"{TRAINER} -device cpu {options}")
+        assert output.count("Mean Validation Dice") == 1
+        assert [f"Epoch {epoch}" in output for epoch in (0, 1)] == [epochs == 1, options == "--c" and epochs == 2]
+        assert (folder / "checkpoint_final.pth").exists() is (options != "--disable_checkpointing")
+    assert read(folder / "checkpoint_final.pth")["current_epoch"] == 2
+
+
+@pytest.mark.slow
 def test_a_process_that_fails_ends_all(nnunet_workspace, tmp_path):
     """Only the first process reads the weights; the second waits for it."""
     write_plans(nnunet_workspace, 1)
