@@ -605,7 +605,7 @@ TRAININGS = [
           ours(unset("nnUNet_results"))),
     Wrong("train: NaN in the plans", TRAIN, ("mean of the intensities of channel 0 is nan", "Mend it"), 1,
           plan(lambda p: p["foreground_intensity_properties_per_channel"]["0"].update(mean=np.nan))),
-    Wrong("train: no epochs", TRAIN, ("num_epochs: 0", "a positive integer"), 1, planar(training={"num_epochs": 0})),
+    Wrong("train: no epochs", TRAIN, ("num_epochs: 0", "1 to a million"), 1, planar(training={"num_epochs": 0})),
     Wrong("train: unknown setting", TRAIN, ("epochs: 3", "Did you mean num_epochs?"), 1,
           planar(training={"epochs": 3})),
     Wrong("train: unknown switch", TRAIN, ("lesion_sampling: 'all'", "'size_bin'"), 1,

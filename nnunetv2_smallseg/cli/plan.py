@@ -101,7 +101,9 @@ def run(arguments: argparse.Namespace) -> int:
             "-gpu_memory_target needs -tr: how much fits depends on the network, e.g. -tr nnUNetTrainerSwinUMamba"
         )
     else:
-        path, plans = plan_dataset(arguments.d, arguments.plans_name or DEFAULT_PLANS_NAME, **options)
+        path, plans = plan_dataset(
+            arguments.d, DEFAULT_PLANS_NAME if arguments.plans_name is None else arguments.plans_name, **options
+        )
     number = int(plans["dataset_name"][7:10])
     print(f"plans written to {path}")
     for name in plans["configurations"]:

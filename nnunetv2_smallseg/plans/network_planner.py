@@ -91,7 +91,7 @@ def plan_for_network(
             f"the GPU memory target is {gpu_memory_target:g} GB, but must be positive: give the memory of the GPU you "
             "will train on, e.g. -gpu_memory_target 24"
         )
-    name = plans_name or plans_name_of(trainer, gpu_memory_target)
+    name = plans_name_of(trainer, gpu_memory_target) if plans_name is None else plans_name
     return plan_dataset(
         dataset, name, planner_class=NetworkPlanner, trainer=trainer, gpu_memory_target=gpu_memory_target, **options
     )

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from nnunetv2_smallseg.errors import UsageError
+from nnunetv2_smallseg.errors import UsageError, did_you_mean
 from nnunetv2_smallseg.plans.configurations import TRAINING_KEY
 
 __all__ = [
@@ -156,7 +156,7 @@ def check_setting(name: str, value: object, place: str) -> None:
     if name not in SETTINGS:
         raise UsageError(
             f"{place} has {name}: {value!r} under {TRAINING_KEY!r}, but only these may stand there: "
-            f"{', '.join(SETTINGS)}; smallseg plan --help says what they are"
+            f"{', '.join(SETTINGS)}; smallseg plan --help says what they are.{did_you_mean(name, SETTINGS)}"
         )
     setting = SETTINGS[name]
     if not setting.is_allowed(value):

@@ -160,6 +160,7 @@ def fetch(name: str) -> Path:
             if not problem:
                 os.replace(partial, existing)
                 return existing
+            partial.unlink(missing_ok=True)
             failures.append(f"  {url}\n    {problem}")
             if len(failures) < len(weights.urls):
                 logger.warning("%s: %s; trying the next address", url, problem)
