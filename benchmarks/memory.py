@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
+import multiprocessing
 import time
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +131,7 @@ def compare(
 
 
 def main() -> None:
-    """Compares, writing after each trainer."""
+    """Compares, each trainer in a process of its own, writing after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("-tr", nargs="+", choices=list(registry.trainers()), default=list(registry.trainers()))
@@ -136,12 +139,14 @@ def main() -> None:
     parser.add_argument("-patch_size", type=int, default=256)
     parser.add_argument("-batch_size", type=int, default=2)
     arguments = parser.parse_args()
-    target = RESULTS / f"memory_{arguments.device}.json"
     plans, dataset_json = example_plans(arguments.patch_size, arguments.batch_size)
+    target = RESULTS / f"memory_{arguments.device}.json"
     runs = json.loads(target.read_text())["runs"] if target.is_file() else []
-    for configuration in arguments.c:
-        for name in arguments.tr:
-            run = compare(name, plans, configuration, dataset_json, arguments.device)
+    spawned = multiprocessing.get_context("spawn")
+    # What one training leaves in the C library's heap is not to add up.
+    with ProcessPoolExecutor(1, mp_context=spawned, max_tasks_per_child=1) as processes:
+        for configuration, name in itertools.product(arguments.c, arguments.tr):
+            run = processes.submit(compare, name, plans, configuration, dataset_json, arguments.device).result()
             runs = [old for old in runs if (old["trainer"], old["configuration"]) != (name, configuration)] + [run]
             machine = machine_facts(arguments.device, ("torch", "nnunetv2", "numba", "triton"))
             write_json({"machine": machine, "num_classes": NUM_CLASSES, "runs": runs}, target)

@@ -159,8 +159,6 @@ class NetworkPlanner(SmallSegPlanner):
         # nnU-Net's own network needs nothing but what nnU-Net's planner gives it.
         self.patch_multiple = registry.network(self.trainer.network).stride if self.trainer.network else 1
         self.min_patch_size = max(2 * self.patch_multiple, MIN_PATCH_SIZE)
-        # nnU-Net's own estimate of the memory shall not limit what it proposes.
-        self.UNet_vram_target_GB = 1e6
         self._predictions: dict[tuple, TrainingMemory | None] = {}
 
     @property
@@ -172,6 +170,11 @@ class NetworkPlanner(SmallSegPlanner):
     def preprocessed(self) -> Path:
         """The folder of the plans."""
         return Path(paths.nnUNet_preprocessed) / self.dataset_name
+
+    @staticmethod
+    def static_estimate_VRAM_usage(*arguments: object, **options: object) -> int:
+        """nnU-Net's estimate of the memory, which must not limit what it proposes: next to nothing."""
+        return 1
 
     def get_plans_for_configuration(
         self, spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache
