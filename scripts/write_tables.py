@@ -291,7 +291,8 @@ def compatibility_table() -> str:
     outcomes += results["commands"].values()
     versions = ", ".join(f"{name} {version}" for name, version in results["machine"]["versions"].items())
     lines.append(
-        f"{len(outcomes)} cells, {outcomes.count('passed')} passed, {outcomes.count('failed')} failed. Run on the CPU; "
+        f"{len(outcomes)} cells, {outcomes.count('passed')} passed, {outcomes.count('failed')} failed, "
+        f"{len(outcomes) - outcomes.count('passed') - outcomes.count('failed')} refused. Run on the CPU; "
         f"Python {results['machine']['python']}, {versions}."
     )
     return "\n".join(lines)

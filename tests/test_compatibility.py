@@ -150,7 +150,7 @@ def predictor_of(trainer, network: torch.nn.Module | None = None) -> nnUNetPredi
 
 @pytest.mark.parametrize(("name", "configuration", "feature"), cells())
 def test_trainer_with_feature(name, configuration, feature, feature_workspace, tmp_path, monkeypatch, record_property):
-    record_property("cell", json.dumps([name, configuration, feature]))
+    record_property("cell", json.dumps([name, configuration, list(FEATURES).index(feature), feature]))
     wanted = FEATURES[feature]
     preprocessed = feature_workspace(wanted.data)
     plans = plans_for(preprocessed, wanted)
