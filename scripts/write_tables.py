@@ -298,6 +298,16 @@ def compatibility_table() -> str:
     return "\n".join(lines)
 
 
+def versions_table() -> str:
+    """The versions of Python, nnU-Net and torch that the tests were run with, and what came of it."""
+    runs = json.loads((ROOT / "nnunetv2_smallseg" / "tested_versions.json").read_text())
+    lines = ["| versions | Python | nnunetv2 | torch | passed | failed | skipped |", "|---|---|---|---|---|---|---|"]
+    for name, run in runs.items():
+        counts = " | ".join(f"{run[outcome]:,}" for outcome in ("passed", "failed", "skipped"))
+        lines.append(f"| {name} | {run['python']} | {run['nnunetv2']} | {run['torch']} | {counts} |")
+    return "\n".join(lines)
+
+
 def loader_results() -> dict:
     """What ``benchmarks/loader.py`` measured."""
     return json.loads((ROOT / "benchmarks" / "results" / "loader.json").read_text())
@@ -411,6 +421,7 @@ TABLES = (
     ("docs/datasets.md", "converters", converters_table),
     ("docs/datasets.md", "conversion speed", conversion_speed_table),
     ("docs/compatibility.md", "compatibility", compatibility_table),
+    ("docs/compatibility.md", "versions", versions_table),
     ("docs/sampling.md", "sampling frequencies", sampling_frequencies_table),
     ("docs/sampling.md", "sampling jitter", sampling_jitter_table),
     ("docs/sampling.md", "sampling throughput", sampling_throughput_table),

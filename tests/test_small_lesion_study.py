@@ -153,6 +153,9 @@ def study(tmp_path_factory):
         assert (first, second) == (0, 0)
         assert (stock / runs.RESULT_FILE).stat().st_mtime_ns == written
         assert not (killed / "predictions" / "rubbish.txt").exists()
+        failed = workspace.folder_of(runs.Run("phantom", "amplification", "time", 1))
+        failed.mkdir(parents=True)
+        (failed / runs.ERROR_FILE).write_text("Traceback\n  somewhere\nRuntimeError: too hot\n")
         results = tmp_path_factory.mktemp("results")
         figure = results / "figure.png"
         assert command.main(["collect", *options[:4], "-results", str(results), "-figure", str(figure)]) == 0
@@ -183,6 +186,7 @@ def test_tiny_study_from_end_to_end(study):
     assert "| Regularised curriculum (`curriculum`) | undecided |" in overview
     assert "**Not all runs are finished**" in table
     assert table.count("| `curriculum` |") == 2
+    assert "- Failed: `amplification`, equal time, seed 1: RuntimeError: too hot" in table
     # An arm whose switch does nothing ends with stock's loss.
     for run in content["runs"]:
         run["last_loss"] = by_run["iterations", "stock"]["last_loss"]

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.small_lesions.arms import ARMS, STOCK
 from benchmarks.small_lesions.data import Data
-from benchmarks.small_lesions.runs import BUDGETS, EQUAL_TIME, RESULT_FILE, Workspace, counts_for_time
+from benchmarks.small_lesions.runs import BUDGETS, EQUAL_TIME, ERROR_FILE, RESULT_FILE, Workspace, counts_for_time
 from nnunetv2_smallseg.evaluation.resampling import Resampling, bootstrap_ratios, divide, percentile_interval
 from nnunetv2_smallseg.evaluation.result_tables import ResultTables, read_csv
 from nnunetv2_smallseg.evaluation.size_groups import diameter_bins
@@ -79,7 +79,22 @@ def collect(workspace: Workspace, data: Data) -> dict | None:
             for _, result in sorted(results.items(), key=lambda entry: (entry[0][1], list(ARMS).index(entry[0][0])))
         ],
         "summaries": summaries,
+        "failures": failures(folder),
     }
+
+
+def failures(folder: Path) -> list[dict]:
+    """The runs of a data set that ended with an error when they were last tried, with its last line."""
+    return [
+        {
+            "arm": file.parts[-3],
+            "budget": file.parts[-4],
+            "seed": int(file.parts[-2].removeprefix("seed_")),
+            "message": file.read_text().strip().splitlines()[-1],
+        }
+        for file in sorted(folder.glob(f"*/*/seed_*/{ERROR_FILE}"))
+        if not file.with_name(RESULT_FILE).exists()
+    ]
 
 
 def _tables(folders: Sequence[Path]) -> ResultTables | None:

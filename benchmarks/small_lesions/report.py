@@ -177,6 +177,11 @@ def _one_table(results: Mapping) -> str:
             runs = [run for run in results["runs"] if (run["counts_for"], run["arm"]) == (budget, name)]
             if runs:
                 lines.append(_row(results, name, arm, budget, runs))
+    lines += [""] * bool(results["failures"])
+    lines += [
+        f"- Failed: `{failed['arm']}`, equal {failed['budget']}, seed {failed['seed']}: {failed['message']}"
+        for failed in results["failures"]
+    ]
     return "\n".join(lines)
 
 

@@ -26,6 +26,7 @@ BUDGETS = ("iterations", "time")
 # A training at equal iterations whose time differs from the budget of time by no more than this share counts for both.
 EQUAL_TIME = 0.05
 RESULT_FILE = "result.json"
+ERROR_FILE = "error.txt"
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def _attempt(workspace: Workspace, data: Data, run: Run, budget_seconds: float |
     try:
         return execute(workspace, data, run, budget_seconds)
     except (Exception, SystemExit) as error:  # a trainer ends a command by SystemExit
-        (workspace.folder_of(run) / "error.txt").write_text(traceback.format_exc())
+        (workspace.folder_of(run) / ERROR_FILE).write_text(traceback.format_exc())
         return f"{type(error).__name__}: {error}"
 
 
