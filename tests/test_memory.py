@@ -20,7 +20,7 @@ from nnunetv2_smallseg.ops.tracing import standing_for
 from nnunetv2_smallseg.plans.cuda_precision import CudaPrecision
 from nnunetv2_smallseg.plans.memory import training_memory
 
-# What the issue of this prediction asks for.
+# The share of the measured peak that a prediction may be off.
 LARGEST_ERROR = 0.15
 
 
@@ -129,6 +129,10 @@ def types_of_outputs(entry: registry.Network, device: str) -> list[tuple[str, li
     return found
 
 
+@pytest.mark.skipif(
+    torch.__version__ < torch.torch_version.TorchVersion("2.9"),
+    reason="convolutions of fake CUDA tensors end the process in PyTorch up to 2.8",
+)
 @pytest.mark.parametrize("name", [system.networks[-1].name for system in registry.SYSTEMS if system.networks])
 def test_types_are_those_of_cudas_autocast(name):
     entry = registry.network(name)

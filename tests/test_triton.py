@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import types
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 import triton_cases
 
 from benchmarks import gpu
+from nnunetv2_smallseg.doctor import version_numbers
 from nnunetv2_smallseg.ops import backend_triton
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,6 +183,8 @@ def test_compiled_for_sm_90():
     (expected,) = [result for result in recorded["results"] if result["case"] == case]
     measured = triton_compile.measure(case)
     assert measured["forward"]["stack_bytes"] == 0
+    if version_numbers(version("triton")) < version_numbers(recorded["machine"]["versions"]["triton"]):
+        return  # older versions of Triton need more instructions, docs/scans.md
     for name in ("forward", "backward"):
         for count in ("instructions_per_element", "stack_bytes"):
             assert measured[name][count] <= 1.1 * expected[name][count]

@@ -79,7 +79,8 @@ def canonical_ss2d_inputs(
         ValueError: If a shape, a type or a device does not fit.
     """
     inputs = SS2DInputs(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds)
-    for name, tensor in inputs._asdict().items():
+    for name in SS2DInputs._fields:
+        tensor = getattr(inputs, name)
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             received = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"{name} is {received}; allowed: a real floating-point tensor. Convert it with .float().")

@@ -353,20 +353,19 @@ def _exchange(rows, COUNT: tl.constexpr, DISTANCE: tl.constexpr, LANES: tl.const
 
 
 @triton.jit
-def _sum_over_lanes(rows, COUNT: tl.constexpr, DISTANCE: tl.constexpr, LANES: tl.constexpr):
+def _sum_over_lanes(rows, COUNT: tl.constexpr, LANES: tl.constexpr):
     """Sums ``COUNT`` tensors (LANES,) over their lanes; lane j returns the sum of tensor j * COUNT // LANES.
 
-    About one exchange between lanes for each tensor, where one sum after the other takes log2(LANES) for each. Call it
-    with ``DISTANCE`` = LANES // 2.
+    About one exchange between lanes for each tensor, where one sum after the other takes log2(LANES) for each. A loop
+    that is unrolled: Triton 3.3 and 3.4 do not end when they look for what a recursive function depends on.
     """
-    if COUNT > 1:
-        total = _sum_over_lanes(_exchange(rows, COUNT, DISTANCE, LANES), COUNT // 2, DISTANCE // 2, LANES)
-    elif DISTANCE > 0:
-        total = rows[0] + tl.gather(rows[0], tl.arange(0, LANES) ^ DISTANCE, 0)
-        if DISTANCE > 1:
-            total = _sum_over_lanes((total,), 1, DISTANCE // 2, LANES)
-    else:
-        total = rows[0]
+    for step in tl.static_range(LANES):
+        if COUNT >> step > 1:
+            rows = _exchange(rows, COUNT >> step, LANES >> (step + 1), LANES)
+    total = rows[0]
+    for step in tl.static_range(LANES):
+        if COUNT >> step <= 1 and LANES >> (step + 1) > 0:
+            total += tl.gather(total, tl.arange(0, LANES) ^ (LANES >> (step + 1)), 0)
     return total
 
 
@@ -599,7 +598,7 @@ def write_gradients(
                         passed = passed + (old,)
                         weights = weights + (weight,)
                         products = products + (tl.sum(state * y_gradient[i], axis=0),)
-                    output_weight_sum = _sum_over_lanes(products, TILE, LANES // 2, LANES)
+                    output_weight_sum = _sum_over_lanes(products, TILE, LANES)
 
                     adjoint = tl.load(leaving + n * dim + channel, mask=inside, other=0.0)
                     rate_sum = tl.zeros((REGISTERS, LANES), tl.float32)
@@ -616,7 +615,7 @@ def write_gradients(
                         adjoint *= decays[i]
                     drive_gradient = drive_updated
                     dt_gradient = dt_updated
-                    input_weight_sum = _sum_over_lanes(products, TILE, LANES // 2, LANES)
+                    input_weight_sum = _sum_over_lanes(products, TILE, LANES)
                     tl.store(leaving + n * dim + channel, adjoint, mask=inside)
                     _add(rates_gradient + (summed * NUM_STATES + n) * dim + channel, rate_sum, inside)
                     _add(own_row + RANK + n, input_weight_sum, stored)
@@ -639,7 +638,7 @@ def write_gradients(
                     for i in tl.static_range(TILE):
                         weight_sum += raw_gradient[i] * tl.load(rows + r + offset[i]).to(tl.float32)
                         products = products + (tl.sum(raw_gradient[i] * weight, axis=0),)
-                    feature_sum = _sum_over_lanes(products, TILE, LANES // 2, LANES)
+                    feature_sum = _sum_over_lanes(products, TILE, LANES)
                     _add(dt_weight_gradient + (summed * RANK + r) * dim + channel, weight_sum, inside)
                     _add(own_row + r, feature_sum, stored)
                 # The next tile reads what lanes have stored for their steps and channels.
