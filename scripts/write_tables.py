@@ -302,6 +302,8 @@ def versions_table() -> str:
     """The versions of Python, nnU-Net and torch that the tests were run with, and what came of it."""
     runs = json.loads((ROOT / "nnunetv2_smallseg" / "tested_versions.json").read_text())
     lines = ["| versions | Python | nnunetv2 | torch | passed | failed | skipped |", "|---|---|---|---|---|---|---|"]
+    if not all("passed" in run for run in runs.values()):
+        return "Not run yet: `python scripts/test_versions.py`."
     for name, run in runs.items():
         counts = " | ".join(f"{run[outcome]:,}" for outcome in ("passed", "failed", "skipped"))
         lines.append(f"| {name} | {run['python']} | {run['nnunetv2']} | {run['torch']} | {counts} |")
