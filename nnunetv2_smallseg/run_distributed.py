@@ -250,6 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SmallSegError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    if distributed.get_backend() == "gloo":
+        distributed.barrier()  # in PyTorch 2.7 gloo may wait forever for a process that is gone
     distributed.destroy_process_group()
     return 0
 

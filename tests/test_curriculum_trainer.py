@@ -368,6 +368,7 @@ def train_beside_each_other(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     trainer = Small(is_ddp=True)
     Path(folder, f"{rank}.json").write_text(json.dumps(train_an_epoch(trainer, batches(rank))))
+    distributed.barrier()  # gloo of PyTorch 2.7 may wait forever for a process that is gone
     distributed.destroy_process_group()
 
 

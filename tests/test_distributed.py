@@ -158,6 +158,7 @@ def one_process(rank: int, port: int, names: list[str], plans: dict, dataset_jso
             Path(folder, f"{name}_{rank}.txt").write_text(traceback.format_exc())
             os._exit(1)
         Path(folder, f"{name}_{rank}.json").write_text(json.dumps(facts))
+    distributed.barrier()  # gloo of PyTorch 2.7 may wait forever for a process that is gone
     distributed.destroy_process_group()
 
 

@@ -185,6 +185,7 @@ def compare_with_nnunet(rank: int, port: int, folder: str) -> None:
             torch.sigmoid(logits), (target[:, :3] == 1).float().expand(-1, 3, -1, -1), weights
         )
     torch.save(results, f"{folder}/{rank}.pth")
+    distributed.barrier()  # gloo of PyTorch 2.7 may wait forever for a process that is gone
     distributed.destroy_process_group()
 
 
