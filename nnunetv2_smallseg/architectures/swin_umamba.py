@@ -243,9 +243,8 @@ class MambaDecoder(nn.Module):
         """
         *skips, x = features
         maps = []
-        for expand, fuse, stage, skip in zip(
-            self.expand_layers, self.concat_back_dim, self.stages, reversed(skips), strict=False
-        ):
+        steps = zip(self.expand_layers[:-1], self.concat_back_dim, self.stages, reversed(skips), strict=True)
+        for expand, fuse, stage, skip in steps:
             x = stage(fuse(torch.cat((expand(x), skip), dim=-1)))
             maps.append(x)
         maps.append(self.expand_layers[-1](x))

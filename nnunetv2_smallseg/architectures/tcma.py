@@ -35,9 +35,9 @@ __all__ = ["TCMA", "InputPyramid", "SobelMagnitude", "TCMALevel", "TensorAttenti
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Switches autocast off on ``device``; nothing on devices that have none, as "meta"."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    """Switches autocast off on ``device``; nothing on "meta", which has none."""
+    # torch.amp.is_autocast_available is no part of a compiled graph before PyTorch 2.8.
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class SobelMagnitude(nn.Module):
