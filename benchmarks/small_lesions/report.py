@@ -177,12 +177,17 @@ def _one_table(results: Mapping) -> str:
             runs = [run for run in results["runs"] if (run["counts_for"], run["arm"]) == (budget, name)]
             if runs:
                 lines.append(_row(results, name, arm, budget, runs))
-    lines += [""] * bool(results["failures"])
+    lines.append("")
+    for budget in ("iterations", "time"):
+        tried = {entry["arm"] for entry in results["runs"] if entry["counts_for"] == budget}
+        tried |= {failed["arm"] for failed in results["failures"] if failed["budget"] == budget}
+        if waiting := [f"`{name}`" for name, arm in results["arms"].items() if arm["network"] and name not in tried]:
+            lines.append(f"- Networks that have not run yet, equal {budget}: {', '.join(waiting)}")
     lines += [
         f"- Failed: `{failed['arm']}`, equal {failed['budget']}, seed {failed['seed']}: {failed['message']}"
         for failed in results["failures"]
     ]
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
 def _row(results: Mapping, name: str, arm: Mapping, budget: str, runs: list[Mapping]) -> str:
