@@ -67,7 +67,8 @@ def selective_scan(
         SmallSegError: If ``SMALLSEG_SCAN_BACKEND`` asks for a back end that cannot run this scan.
     """
     inputs = canonical_inputs(u, delta, A, B, C, D, delta_bias, delta_softplus)
-    keep_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:-1])
+    tensors = (u, delta, A, B, C, D, delta_bias)
+    keep_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     out, _ = _forward(*inputs, keep_states)
     return out
 
