@@ -18,8 +18,11 @@ from conftest import ROOT
 from dataset_files import tree, volume_pair, write_atlas, write_kits, write_nifti
 
 from nnunetv2_smallseg.cli.main import main
-from nnunetv2_smallseg.datasets import engine, kits23, splits
+from nnunetv2_smallseg.datasets import engine, journal, kits23, splits
+from nnunetv2_smallseg.datasets.cases import Case, Converted, Plan, case_identifier
+from nnunetv2_smallseg.datasets.labels import label_counts, lesion_sizes
 from nnunetv2_smallseg.datasets.pictures import Picture
+from nnunetv2_smallseg.datasets.target import JOURNAL, REPORT, SPLITS, TABLE, dataset_folder
 from nnunetv2_smallseg.errors import CaseError, DatasetError, UsageError
 
 
@@ -37,19 +40,17 @@ def convert_kits(source, raw, **options):
     return engine.convert(kits23.plan(source), raw / "Dataset220_KiTS2023", {"converter": "kits23"}, **options)
 
 
-def make_picture(seed: int) -> engine.Converted:
+def make_picture(seed: int) -> Converted:
     values = np.random.default_rng(seed).integers(0, 255, (8, 8), np.uint8)
-    return engine.Converted((Picture(values),), Picture((values > 200).astype(np.uint8)))
+    return Converted((Picture(values),), Picture((values > 200).astype(np.uint8)))
 
 
-def picture_plan(count: int, **fields) -> engine.Plan:
+def picture_plan(count: int, **fields) -> Plan:
     cases = [
-        engine.Case(
-            f"case_{number:04d}", partial(make_picture, number), f"patient {number // 2}", "all", (str(number),)
-        )
+        Case(f"case_{number:04d}", partial(make_picture, number), f"patient {number // 2}", "all", (str(number),))
         for number in range(count)
     ]
-    return engine.Plan(cases, {"background": 0, "lesion": 1}, {"0": "grey"}, ".png", (1,), **fields)
+    return Plan(cases, {"background": 0, "lesion": 1}, {"0": "grey"}, ".png", (1,), **fields)
 
 
 # Forks a process for each conversion and kills it after a random time: starting Python anew takes longer than that.
@@ -103,7 +104,7 @@ def test_kill_and_resume_ends_in_the_same_tree(tmp_path):
                 expected = tree(whole)
             elif target.exists():
                 check_partial_tree(target, expected)
-                done = (target / engine.REPORT).exists() and not (target / engine.JOURNAL).exists()
+                done = (target / REPORT).exists() and not (target / JOURNAL).exists()
                 if line == "finished\n" or done:
                     assert tree(target) == expected
                     finished += 1
@@ -146,17 +147,17 @@ def test_kill_with_worker_processes(tmp_path):
 def test_report_and_sidecars(tmp_path, raw):
     write_kits(tmp_path / "source", range(12))
     outcome = convert_kits(tmp_path / "source", raw)
-    report = json.loads((outcome.folder / engine.REPORT).read_text())
+    report = json.loads((outcome.folder / REPORT).read_text())
     assert report == outcome.report
     assert (report["cases_in"], report["cases_written"], report["cases_failed"]) == (12, 12, 0)
     assert report["label_voxels"] == {"0": 12 * (6 * 8 * 4 - 4), "1": 0, "2": 12 * 4, "3": 0}
-    row = json.loads((outcome.folder / engine.TABLE).read_text())["case_00003"]
+    row = json.loads((outcome.folder / TABLE).read_text())["case_00003"]
     assert row["lesion_voxels"] == [4]
     assert row["lesion_mm3"] == [pytest.approx(4 * 0.8 * 0.8 * 3)]
-    folds = json.loads((outcome.folder / engine.SPLITS).read_text())
+    folds = json.loads((outcome.folder / SPLITS).read_text())
     assert len(folds) == 5
     assert sorted(case for fold in folds for case in fold["val"]) == sorted(report["cases"])
-    assert not (outcome.folder / engine.JOURNAL).exists()
+    assert not (outcome.folder / JOURNAL).exists()
 
 
 def test_finished_cases_are_skipped_and_new_ones_added(tmp_path, raw, monkeypatch):
@@ -186,7 +187,7 @@ def test_cases_that_left_the_source_are_not_deleted(tmp_path, raw):
     (tmp_path / "source" / "dataset" / "case_00002").rename(tmp_path / "elsewhere")
     with pytest.raises(DatasetError, match=r"case_00002.*no longer in the source"):
         convert_kits(tmp_path / "source", raw)
-    assert {name: content for name, content in tree(folder).items() if name != engine.JOURNAL} == before
+    assert {name: content for name, content in tree(folder).items() if name != JOURNAL} == before
     assert convert_kits(tmp_path / "source", raw, overwrite=True).report["cases_written"] == 3
     assert not list(folder.glob("*/case_00002*"))
 
@@ -204,7 +205,7 @@ def test_other_options_and_other_data_sets_are_refused(tmp_path, raw):
     engine.convert(plan, folder, settings, overwrite=True)
     assert "regions_class_order" not in json.loads((folder / "dataset.json").read_text())
     with pytest.raises(UsageError, match="taken by Dataset220_KiTS2023"):
-        engine.dataset_folder(220, "Other")
+        dataset_folder(220, "Other")
     foreign = raw / "Dataset300_Mine"
     foreign.mkdir()
     (foreign / "dataset.json").write_text("{}")
@@ -242,7 +243,7 @@ def test_nothing_is_written_through_links(tmp_path, raw):
     outside = tmp_path / "outside"
     outside.mkdir()
     (raw / "Dataset220_KiTS2023").mkdir()
-    (raw / "Dataset220_KiTS2023" / engine.JOURNAL).touch()
+    (raw / "Dataset220_KiTS2023" / JOURNAL).touch()
     (raw / "Dataset220_KiTS2023" / "imagesTr").symlink_to(outside)
     with pytest.raises(UsageError, match="is a link"):
         convert_kits(tmp_path / "source", raw)
@@ -254,9 +255,9 @@ def test_a_changed_report_removes_nothing_elsewhere(tmp_path, raw):
     folder = convert_kits(tmp_path / "source", raw).folder
     victim = raw / "victim.txt"
     victim.write_text("kept")
-    report = json.loads((folder / engine.REPORT).read_text())
+    report = json.loads((folder / REPORT).read_text())
     report["cases"]["case_00000"]["files"] = {"../victim.txt": {"bytes": 4, "sha256": ""}}
-    (folder / engine.REPORT).write_text(json.dumps(report))
+    (folder / REPORT).write_text(json.dumps(report))
     with pytest.raises(DatasetError, match="it was changed"):
         convert_kits(tmp_path / "source", raw, overwrite=True)
     assert victim.read_text() == "kept"
@@ -265,29 +266,29 @@ def test_a_changed_report_removes_nothing_elsewhere(tmp_path, raw):
 def test_two_conversions_at_a_time_are_refused(tmp_path, raw, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
     write_kits(tmp_path / "source", range(2))
-    monkeypatch.setattr(engine, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(journal, "LOCK_SECONDS", 0.2)
     folder = raw / "Dataset220_KiTS2023"
     folder.mkdir()
-    with (folder / engine.JOURNAL).open("a") as journal:
-        fcntl.flock(journal, fcntl.LOCK_EX)
+    with (folder / JOURNAL).open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
         with pytest.raises(DatasetError, match="another conversion"):
             convert_kits(tmp_path / "source", raw)
     assert convert_kits(tmp_path / "source", raw).report["cases_written"] == 2
 
 
-def broken() -> engine.Converted:
+def broken() -> Converted:
     raise CaseError("cannot be read")
 
 
-def surprising() -> engine.Converted:
+def surprising() -> Converted:
     raise KeyError("from a library")
 
 
 def test_failing_cases_do_not_stop_the_others(tmp_path, raw, capsys):
     plan = picture_plan(6)
-    bad = [engine.Case(f"bad_{read.__name__}", read, "x", "all", ("somewhere",)) for read in (broken, surprising)]
-    twice = [engine.Case(name, partial(make_picture, 9), "y", "all", (name,)) for name in ("Same", "same")]
-    outcome = engine.convert(engine.Plan(**{**vars(plan), "cases": [*bad, *plan.cases, *twice]}), raw / "out", {})
+    bad = [Case(f"bad_{read.__name__}", read, "x", "all", ("somewhere",)) for read in (broken, surprising)]
+    twice = [Case(name, partial(make_picture, 9), "y", "all", (name,)) for name in ("Same", "same")]
+    outcome = engine.convert(Plan(**{**vars(plan), "cases": [*bad, *plan.cases, *twice]}), raw / "out", {})
     assert outcome.report["cases_written"] == 6
     reasons = {problem["name"]: problem["reason"] for problem in outcome.report["failed"]}
     assert reasons["bad_broken"] == "cannot be read"
@@ -297,10 +298,10 @@ def test_failing_cases_do_not_stop_the_others(tmp_path, raw, capsys):
 
 def test_nothing_convertible_leaves_no_dataset_json(raw):
     plan = picture_plan(0)
-    case = engine.Case("bad", broken, "x", "all", ())
-    outcome = engine.convert(engine.Plan(**{**vars(plan), "cases": [case]}), raw / "out", {})
+    case = Case("bad", broken, "x", "all", ())
+    outcome = engine.convert(Plan(**{**vars(plan), "cases": [case]}), raw / "out", {})
     assert outcome.report["cases_failed"] == 1
-    assert sorted(path.name for path in (raw / "out").iterdir()) == [engine.REPORT]
+    assert sorted(path.name for path in (raw / "out").iterdir()) == [REPORT]
     with pytest.raises(DatasetError, match="nothing to convert"):
         engine.convert(plan, raw / "other", {})
     assert not (raw / "other").exists()
@@ -338,13 +339,13 @@ def test_parallel_equals_serial(raw):
 )
 def test_labels_with_other_values_are_refused(values, message):
     with pytest.raises(CaseError, match=message):
-        engine.label_counts(values, (0, 1))
+        label_counts(values, (0, 1))
 
 
 def test_label_counts_keep_values():
     for dtype in (np.uint8, np.int16, np.float32, np.float64, ">i4"):
         label = np.asfortranarray(np.random.default_rng(0).integers(0, 3, (5, 4, 3))).astype(dtype)
-        counts, values = engine.label_counts(label, (0, 1, 2))
+        counts, values = label_counts(label, (0, 1, 2))
         assert values.dtype == np.uint8
         assert (values == label).all()
         assert counts == {value: int((label == value).sum()) for value in (0, 1, 2)}
@@ -354,29 +355,29 @@ def test_lesions_that_touch_at_a_corner_are_one():
     label = np.zeros((4, 4, 4), np.uint8)
     label[0, 0, 0] = label[1, 1, 1] = 1
     label[3, 3, 3] = 2
-    assert engine.lesion_sizes(label, (1, 2)) == [1, 2]
-    assert engine.lesion_sizes(label, (2,)) == [1]
-    assert engine.lesion_sizes(np.zeros((2, 2), np.uint8), (1,)) == []
+    assert lesion_sizes(label, (1, 2)) == [1, 2]
+    assert lesion_sizes(label, (2,)) == [1]
+    assert lesion_sizes(np.zeros((2, 2), np.uint8), (1,)) == []
 
 
 @pytest.mark.parametrize("name", ["", "...", "///", "x" * 300, "--"])
 def test_impossible_case_names(name):
     with pytest.raises(CaseError, match="cannot be the name"):
-        engine.case_identifier(name)
+        case_identifier(name)
 
 
 def test_case_names_are_made_safe():
-    assert engine.case_identifier("benign (1)") == "benign_1"
-    assert engine.case_identifier("../../etc/passwd") == "etc_passwd"
-    assert engine.case_identifier("ünï\ncode") == "n_code"
+    assert case_identifier("benign (1)") == "benign_1"
+    assert case_identifier("../../etc/passwd") == "etc_passwd"
+    assert case_identifier("ünï\ncode") == "n_code"
 
 
 def test_duplicates_are_reported_and_kept_on_one_side(raw):
     plan = picture_plan(12)
-    copy = engine.Case("copy", partial(make_picture, 0), "somebody else", "all", ("copy",))
-    outcome = engine.convert(engine.Plan(**{**vars(plan), "cases": [*plan.cases, copy]}), raw / "out", {})
+    copy = Case("copy", partial(make_picture, 0), "somebody else", "all", ("copy",))
+    outcome = engine.convert(Plan(**{**vars(plan), "cases": [*plan.cases, copy]}), raw / "out", {})
     assert outcome.report["duplicates"] == [["case_0000", "copy"]]
-    for fold in json.loads((raw / "out" / engine.SPLITS).read_text()):
+    for fold in json.loads((raw / "out" / SPLITS).read_text()):
         assert ("case_0000" in fold["val"]) == ("copy" in fold["val"])
 
 
@@ -386,10 +387,10 @@ def test_own_folds_in_the_preprocessed_folder_are_named(tmp_path, raw, monkeypat
     assert convert_kits(tmp_path / "source", raw).messages == []
     folder = tmp_path / "preprocessed" / "Dataset220_KiTS2023"
     folder.mkdir(parents=True)
-    (folder / engine.SPLITS).write_text("[]")
+    (folder / SPLITS).write_text("[]")
     (message,) = convert_kits(tmp_path / "source", raw).messages
     assert "holds other folds" in message and "cp " in message
-    assert (folder / engine.SPLITS).read_text() == "[]"
+    assert (folder / SPLITS).read_text() == "[]"
 
 
 def record(case: str, group: str, size: float = 1.0, stratum: str = "a", train_only: bool = False) -> dict:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from nnunetv2_smallseg.datasets import engine, images_2d, uls23
 from nnunetv2_smallseg.datasets.archives import Source, only_member, zip_members
+from nnunetv2_smallseg.datasets.cases import case_identifier
 from nnunetv2_smallseg.datasets.check import differences
 from nnunetv2_smallseg.datasets.pictures import read_label_map, read_mask, read_picture
 from nnunetv2_smallseg.datasets.volumes import read_volume
@@ -194,11 +195,11 @@ def test_names_of_files(names):
 @given(st.text())
 def test_case_identifiers(name):
     try:
-        identifier = engine.case_identifier(name)
+        identifier = case_identifier(name)
     except CaseError:
         return
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", identifier)
-    assert engine.case_identifier(identifier) == identifier
+    assert case_identifier(identifier) == identifier
 
 
 @fuzzed

@@ -95,19 +95,20 @@ def _options(entry: registry.Converter, arguments: argparse.Namespace) -> dict:
 
 def run_convert(entry: registry.Converter, arguments: argparse.Namespace) -> int:
     """Converts; what was written on stdout, problems on stderr."""
-    from nnunetv2_smallseg.datasets import engine
     from nnunetv2_smallseg.datasets.convert import plan_conversion
+    from nnunetv2_smallseg.datasets.engine import convert
+    from nnunetv2_smallseg.datasets.target import REPORT, dataset_folder
 
     options = _options(entry, arguments)
     name = arguments.dataset_name or entry.dataset_name
     if name is None:
         raise UsageError(f"{entry.name}: give the data set a name, such as -name MyLesions")
-    folder = engine.dataset_folder(arguments.d, name) if arguments.d is not None else None
+    folder = dataset_folder(arguments.d, name) if arguments.d is not None else None
     plan = plan_conversion(entry, arguments.source, options)
     if arguments.dry_run:
         return _print_plan(plan, folder)
     settings = {"converter": entry.name, "options": options}
-    outcome = engine.convert(plan, folder, settings, arguments.np, arguments.overwrite)
+    outcome = convert(plan, folder, settings, arguments.np, arguments.overwrite)
     report = outcome.report
     print(f"{outcome.folder}: {report['training_cases']} training cases, {report['test_cases']} test cases")
     for subset, counts in report["subsets"].items():
@@ -118,7 +119,7 @@ def run_convert(entry: registry.Converter, arguments: argparse.Namespace) -> int
         print(f"failed: {problem['name']} ({problem['subset']}): {problem['reason']}", file=sys.stderr)
     if report["failed"]:
         print(
-            f"{len(report['failed'])} failed; all are listed in {outcome.folder / engine.REPORT}. Mend or replace "
+            f"{len(report['failed'])} failed; all are listed in {outcome.folder / REPORT}. Mend or replace "
             "their files and start the same command again: finished cases are kept.",
             file=sys.stderr,
         )

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from nnunetv2_smallseg.datasets.archives import Source
-from nnunetv2_smallseg.datasets.engine import Case, Converted, Plan, Problem
+from nnunetv2_smallseg.datasets.cases import Case, Converted, Plan, Problem
 from nnunetv2_smallseg.datasets.trees import existing_folder, folders_below, visible_files
 from nnunetv2_smallseg.datasets.volumes import GIBIBYTE, read_volume
 from nnunetv2_smallseg.errors import CaseError, DatasetError

@@ -9,17 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from nnunetv2_smallseg.datasets.archives import Source
-from nnunetv2_smallseg.datasets.engine import (
-    JOURNAL,
-    REPORT,
-    SPLITS,
-    file_of_report,
-    file_sha256,
-    label_counts,
-    raw_folder,
-)
+from nnunetv2_smallseg.datasets.labels import label_counts
 from nnunetv2_smallseg.datasets.pictures import read_picture
 from nnunetv2_smallseg.datasets.splits import patients_on_both_sides
+from nnunetv2_smallseg.datasets.target import JOURNAL, REPORT, SPLITS, file_of_report, file_sha256, raw_folder
 from nnunetv2_smallseg.datasets.volumes import GIBIBYTE, Volume, read_volume, same_geometry
 from nnunetv2_smallseg.errors import DatasetError, UsageError
 

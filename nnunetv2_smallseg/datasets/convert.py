@@ -8,13 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_smallseg.datasets import engine
+from nnunetv2_smallseg.datasets.cases import Plan
+from nnunetv2_smallseg.datasets.engine import convert
 from nnunetv2_smallseg.datasets.registry import Converter, converter
+from nnunetv2_smallseg.datasets.summary import Outcome
+from nnunetv2_smallseg.datasets.target import dataset_folder
 
 __all__ = ["convert_dataset", "plan_conversion"]
 
 
-def plan_conversion(entry: Converter, source: str | Path, options: Mapping[str, Any]) -> engine.Plan:
+def plan_conversion(entry: Converter, source: str | Path, options: Mapping[str, Any]) -> Plan:
     """Lists what a converter finds in ``source``; its function says what it raises."""
     module = importlib.import_module(f"nnunetv2_smallseg.datasets.{entry.module}")
     plan = getattr(module, entry.function)(source, **entry.fixed, **options)
@@ -32,7 +35,7 @@ def convert_dataset(
     num_processes: int = 1,
     overwrite: bool = False,
     **options: Any,
-) -> engine.Outcome:
+) -> Outcome:
     """Converts a data set, as ``smallseg convert`` does.
 
     Args:
@@ -48,7 +51,7 @@ def convert_dataset(
         DatasetError: If nothing can be converted. Single cases that fail are in the outcome's report.
     """
     entry = converter(name)
-    folder = engine.dataset_folder(number, dataset_name or entry.dataset_name or "")
+    folder = dataset_folder(number, dataset_name or entry.dataset_name or "")
     plan = plan_conversion(entry, source, options)
     settings = {"converter": name, "options": options}
-    return engine.convert(plan, folder, settings, num_processes, overwrite)
+    return convert(plan, folder, settings, num_processes, overwrite)

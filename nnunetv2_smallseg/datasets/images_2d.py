@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunetv2_smallseg.datasets.archives import Source
-from nnunetv2_smallseg.datasets.engine import Case, Converted, Plan, Problem, case_identifier
+from nnunetv2_smallseg.datasets.cases import Case, Converted, Plan, Problem, case_identifier
 from nnunetv2_smallseg.datasets.pictures import Picture, is_colour, read_label_map, read_mask, read_picture
 from nnunetv2_smallseg.datasets.splits import NUM_FOLDS, Splits, grouped_folds, patient_folds
 from nnunetv2_smallseg.datasets.trees import existing_folder, folders_below, visible_files

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from nnunetv2_smallseg.datasets.archives import Source
-from nnunetv2_smallseg.datasets.engine import Case, Converted, Plan, Problem
+from nnunetv2_smallseg.datasets.cases import Case, Converted, Plan, Problem
 from nnunetv2_smallseg.datasets.splits import Splits, kits_fold, patient_folds
 from nnunetv2_smallseg.datasets.trees import existing_folder, folders_below
 from nnunetv2_smallseg.datasets.volumes import GIBIBYTE, read_volume

@@ -1,7 +1,7 @@
 """One entry per data set that ``smallseg convert`` knows.
 
 Pure data. It imports neither numpy nor any converter, so that command line, documentation and tests can read it at no
-cost. A converter is a function ``plan(source, **options) -> engine.Plan``.
+cost. A converter is a function ``plan(source, **options) -> cases.Plan``.
 """
 
 from __future__ import annotations

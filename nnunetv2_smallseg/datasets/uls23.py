@@ -21,7 +21,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from nnunetv2_smallseg.datasets.archives import Source, only_member, split_archive_message, zip_members
-from nnunetv2_smallseg.datasets.engine import Case, Converted, Plan, Problem, case_identifier, label_counts
+from nnunetv2_smallseg.datasets.cases import Case, Converted, Plan, Problem, case_identifier
+from nnunetv2_smallseg.datasets.labels import label_counts
 from nnunetv2_smallseg.datasets.splits import Splits, kits_fold, patient_folds
 from nnunetv2_smallseg.datasets.trees import existing_folder, folders_below, visible_files
 from nnunetv2_smallseg.datasets.uls23_history import CORRECTED, WITHDRAWN
