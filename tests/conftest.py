@@ -62,7 +62,7 @@ def deterministic_weights(shared: Path):
 
 @dataclass(frozen=True)
 class Workspace:
-    """nnU-Net's folders with a small phantom data set, planned and preprocessed through the stock commands."""
+    """nnU-Net's folders with a small phantom data set, planned and preprocessed."""
 
     folder: Path
     environment: dict[str, str]
@@ -117,12 +117,20 @@ def run_command(*command: object, environment: dict[str, str] | None = None, sta
 
 @pytest.fixture(scope="session")
 def nnunet_workspace(tmp_path_factory) -> Workspace:
-    """Phantom, fingerprint, stock and our plans, 2d data for both and stock 3d data, made once for all tests."""
+    """Phantom, fingerprint, stock and our plans, 2d data for both and stock 3d data, made once for all tests.
+
+    The commands run in this process: starting them takes a hundred times as long. The tests of the documentation start
+    them as a user does.
+    """
+    import torch
+    from feature_datasets import extract_fingerprint
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments, preprocess
+
+    from nnunetv2_smallseg.cli.main import main
     from nnunetv2_smallseg.demo.phantom import write_phantom
 
     folder = tmp_path_factory.mktemp("nnunet")
-    environment = {
-        **os.environ,
+    settings = {
         "nnUNet_raw": str(folder / "raw"),
         "nnUNet_preprocessed": str(folder / "preprocessed"),
         "nnUNet_results": str(folder / "results"),
@@ -130,16 +138,21 @@ def nnunet_workspace(tmp_path_factory) -> Workspace:
         "nnUNet_n_proc_DA": "1",
         "nnUNet_def_n_proc": "1",
     }
-    workspace = Workspace(folder, environment)
+    workspace = Workspace(folder, {**os.environ, **settings})
     (folder / "raw").mkdir()
     write_phantom(folder / "raw" / workspace.dataset, seed=7, num_training=5, num_held_back=2, shape=(16, 64, 64))
-    workspace.run("nnUNetv2_extract_fingerprint", "-d", workspace.number, "--verify_dataset_integrity", "-np", 2)
-    schedule = ("-num_epochs", 2, "-num_iterations", 2, "-num_val_iterations", 1)
-    workspace.run("smallseg", "plan", "-d", workspace.number, "-batch_size", 2, *schedule)
-    workspace.run("nnUNetv2_plan_experiment", "-d", workspace.number)
-    for plans_name, configurations in ((workspace.plans_name, ["2d"]), ("nnUNetPlans", ["2d", "3d_fullres"])):
-        workspace.run("nnUNetv2_preprocess", "-d", workspace.number, "-plans_name", plans_name, "-c", *configurations,
-                      "-np", *[2] * len(configurations))  # fmt: skip
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        patch.setattr(multiprocessing, "get_context", lambda method: Threads)
+        extract_fingerprint(workspace.number)
+        schedule = ["-num_epochs", "2", "-num_iterations", "2", "-num_val_iterations", "1"]
+        assert main(["plan", "-d", str(workspace.number), "-batch_size", "2", *schedule]) == 0
+        plan_experiments([workspace.number])
+        for plans_name, configurations in ((workspace.plans_name, ["2d"]), ("nnUNetPlans", ["2d", "3d_fullres"])):
+            preprocess([workspace.number], plans_name, configurations, num_processes=[1])
+    torch.set_num_threads(threads)
     return workspace
 
 
@@ -161,12 +174,22 @@ class Threads:
 
 
 @pytest.fixture
-def command(monkeypatch):
+def quick_nnunet(monkeypatch) -> None:
+    """Leaves out what takes nnU-Net longer than training small networks: worker processes and the picture of losses."""
+    from nnunetv2.training.logging.nnunet_logger import MetaLogger
+    from nnunetv2.utilities import utils
+
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: Threads)
+    monkeypatch.setattr(utils, "Pool", ThreadPool)
+    monkeypatch.setattr(MetaLogger, "plot_progress_png", lambda logger, folder: None)
+
+
+@pytest.fixture
+def command(quick_nnunet, monkeypatch):
     """Calls the function behind a command of nnU-Net with arguments, in this process; its pools are threads."""
     import torch
 
     threads = torch.get_num_threads()
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: Threads)
 
     def call(entry_point, *arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", [entry_point.__name__, *map(str, arguments)])

@@ -111,12 +111,17 @@ def write_raw(dataset: FeatureDataset, raw: Path) -> Path:
     return folder
 
 
+def extract_fingerprint(number: int) -> None:
+    """The fingerprint of a data set, its intensities from few voxels."""
+    extractor = DatasetFingerprintExtractor(number, num_processes=1)
+    extractor.num_foreground_voxels_for_intensitystats = 10_000  # a hundred million, drawn again and again, by default
+    extractor.run()
+
+
 def prepare(dataset: FeatureDataset, folder: Path) -> None:
     """Raw data, plans with ``2d`` and ``2.5d``, preprocessed data; the folders are set in the environment."""
     write_raw(dataset, folder / "raw")
-    extractor = DatasetFingerprintExtractor(dataset.number, num_processes=1)
-    extractor.num_foreground_voxels_for_intensitystats = 10_000  # a hundred million, drawn again and again, by default
-    extractor.run()
+    extract_fingerprint(dataset.number)
     plan_dataset(dataset.number, patch_size=PATCH_SIZE, batch_size=2, training=SCHEDULE)
     preprocess([dataset.number], DEFAULT_PLANS_NAME, ["2d"], num_processes=[1])
     names = [f"case_{case}" for case in range(NUM_CASES)]

@@ -149,7 +149,9 @@ def predictor_of(trainer, network: torch.nn.Module | None = None) -> nnUNetPredi
 
 
 @pytest.mark.parametrize(("name", "configuration", "feature"), cells())
-def test_trainer_with_feature(name, configuration, feature, feature_workspace, tmp_path, monkeypatch, record_property):
+def test_trainer_with_feature(
+    name, configuration, feature, feature_workspace, quick_nnunet, tmp_path, monkeypatch, record_property
+):
     record_property("cell", json.dumps([name, configuration, list(FEATURES).index(feature), feature]))
     wanted = FEATURES[feature]
     preprocessed = feature_workspace(wanted.data)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import small_networks
 
 from nnunetv2_smallseg.architectures.swin_umamba import SwinUMambaD, to_official
 
@@ -43,8 +44,13 @@ def weight_file(path: Path) -> Path:
 
 
 def shorten(workspace, plans_name: str, num_epochs: int) -> None:
-    """Writes small batches and a short schedule into plans; nnU-Net's planner has no options for that."""
+    """Writes small batches and a short schedule into plans; nnU-Net's planner has no options for that.
+
+    The networks get small where no pretrained weights have to fit.
+    """
     plans = workspace.plans(plans_name)
+    if plans_name == "nnUNetPlans":
+        plans["configurations"]["2d"]["network_options"] = small_networks()
     plans["configurations"]["2d"]["batch_size"] = 2
     plans["configurations"]["2d"]["training"] = {
         "num_epochs": num_epochs,

@@ -17,16 +17,12 @@ from nnunetv2_smallseg.architectures.slab import SlabNetwork
 
 NETWORKS = list(registry.networks().values())
 every_network = pytest.mark.parametrize("entry", NETWORKS, ids=lambda entry: entry.name)
+training_or_not = pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 
 
 def build(entry: registry.Network, channels: int = 1, classes: int = 3, seed: int = 0, **options) -> torch.nn.Module:
     torch.manual_seed(seed)
     return getattr(importlib.import_module(entry.module), entry.name)(channels, classes, **options)
-
-
-def build_for_slow_tests(entry: registry.Network) -> torch.nn.Module:
-    """The network, or the small version of one that would take a minute to compile or to run in float16 on a CPU."""
-    return build(entry, **(entry.small if max(entry.parameters.values()) > 100e6 else {}))
 
 
 def expected_shapes(entry: registry.Network, size: tuple[int, int], batch: int = 1, classes: int = 3) -> list[tuple]:
@@ -220,10 +216,11 @@ def test_encoder_parameters_belong_to_the_network(entry):
 
 
 @every_network
-@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-def test_compiles_to_one_graph(entry, training):
+@training_or_not
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["small", "whole"])
+def test_compiles_to_one_graph(entry, training, whole):
     torch._dynamo.reset()  # networks that share code count as recompilations, of which a process may do eight
-    network = build_for_slow_tests(entry).train(training)
+    network = build(entry, **({} if whole else entry.small)).train(training)
     image = torch.randn(1, 1, 32, 32)
     # The back end "aot_eager" traces forward and backward without generating code, which would take minutes.
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
@@ -271,7 +268,6 @@ no_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None,
     reason="no C++ compiler: torch.compile needs one on the CPU",
 )
-training_or_not = pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 supervised_deeply_or_not = pytest.mark.parametrize("deep_supervision", [False, True], ids=["one output", "all outputs"])
 QUICK_TO_COMPILE = registry.network("HUNet")
 

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from feature_datasets import extract_fingerprint
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from skimage.io import imsave
 
@@ -90,21 +91,24 @@ def test_plans_of_a_volume(nnunet_workspace):
     assert slab.data_identifier == "nnUNetSmallSegPlans_2d"
 
 
-def test_planning_again_keeps_foreign_configurations(nnunet_workspace):
+def test_planning_again_keeps_foreign_configurations(nnunet_folders, monkeypatch, capsys):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
     name = "PlansWithExtra"
-    nnunet_workspace.run("smallseg", "plan", "-d", nnunet_workspace.number, "-plans_name", name)
-    path = nnunet_workspace.preprocessed / f"{name}.json"
+    assert smallseg("plan", "-d", nnunet_folders.number, "-plans_name", name) == 0
+    path = nnunet_folders.preprocessed / f"{name}.json"
     plans = json.loads(path.read_text())
     plans["configurations"]["2d_big"] = {"inherits_from": "2d", "batch_size": 64}
     path.write_text(json.dumps(plans))
-    finished = nnunet_workspace.run(
-        "smallseg", "plan", "-d", nnunet_workspace.dataset, "-plans_name", name, "-num_slices", 5,
-        "-patch_size", 40, 70,
+    capsys.readouterr()
+    status = smallseg(
+        "plan", "-d", nnunet_folders.dataset, "-plans_name", name, "-num_slices", 5, "-patch_size", 40, 70,
         "-lesion_sampling", "size_bin", "-lesion_jitter", 0.25, "-lesion_labels", 1, "-num_epochs", 7
     )  # fmt: skip
-    assert str(path) in finished.stdout
-    assert "5 x 64 x 96" in finished.stdout
-    configurations = nnunet_workspace.plans(name)["configurations"]
+    assert status == 0
+    printed = capsys.readouterr().out
+    assert str(path) in printed
+    assert "5 x 64 x 96" in printed
+    configurations = nnunet_folders.plans(name)["configurations"]
     assert configurations["2d"]["patch_size"] == [64, 96]
     assert configurations["2d"]["training"] == {
         "lesion_sampling": "size_bin",
@@ -119,7 +123,7 @@ def test_planning_again_keeps_foreign_configurations(nnunet_workspace):
     assert [size % stride for size, stride in zip([64, 96], strides, strict=True)] == [0, 0]
 
 
-def test_single_images_get_2d_only(tmp_path, nnunet_workspace):
+def test_single_images_get_2d_only(tmp_path, nnunet_workspace, quick_nnunet, monkeypatch, capsys):
     dataset = tmp_path / "raw" / "Dataset992_Pictures"
     generator = np.random.default_rng(0)
     for folder, high in (("imagesTr", 255), ("labelsTr", 2)):
@@ -131,16 +135,18 @@ def test_single_images_get_2d_only(tmp_path, nnunet_workspace):
     description = {"channel_names": {"0": "grey"}, "labels": {"background": 0, "cell": 1}, "numTraining": 3,
                    "file_ending": ".png"}  # fmt: skip
     (dataset / "dataset.json").write_text(json.dumps(description))
+    for name in ("raw", "preprocessed"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     environment = {**nnunet_workspace.environment, "nnUNet_raw": str(tmp_path / "raw"),
                    "nnUNet_preprocessed": str(tmp_path / "preprocessed")}  # fmt: skip
     workspace = type(nnunet_workspace)(tmp_path, environment, 992, "Dataset992_Pictures")
-    refused = workspace.run("smallseg", "plan", "-d", 992, status=1)
-    assert "nnUNetv2_extract_fingerprint -d 992" in refused.stderr
-    workspace.run("nnUNetv2_extract_fingerprint", "-d", 992, "-np", 1)
-    refused = workspace.run("smallseg", "plan", "-d", 992, "-num_slices", 3, status=2)
-    assert "single images" in refused.stderr
+    assert smallseg("plan", "-d", 992) == 1
+    assert "nnUNetv2_extract_fingerprint -d 992" in capsys.readouterr().err
+    extract_fingerprint(992)
+    assert smallseg("plan", "-d", 992, "-num_slices", 3) == 2
+    assert "single images" in capsys.readouterr().err
     assert not (workspace.preprocessed / "nnUNetSmallSegPlans.json").exists()
-    workspace.run("smallseg", "plan", "-d", 992)
+    assert smallseg("plan", "-d", 992) == 0
     assert list(workspace.plans()["configurations"]) == ["2d"]
     assert workspace.plans()["configurations"]["2d"]["patch_size"] == [96, 96]
     refused = workspace.run("nnUNetv2_train", 992, "2.5d", 0, "-tr", "nnUNetTrainerSwinUMambaDScratch", "-p",

@@ -2,7 +2,7 @@
 
 The commands run in this process, by the functions behind ``nnUNetv2_train`` and ``nnUNetv2_predict``, and nnU-Net's
 worker processes are threads: starting processes would take longer than all other tests. ``test_end_to_end.py`` starts
-them as a user does.
+them as a user does. By default each trainer is tested in one configuration, with ``-m "slow or not slow"`` in both.
 """
 
 from __future__ import annotations
@@ -44,8 +44,17 @@ class WeightsReplaced:
         return "weights replaced by the test"
 
 
-@pytest.mark.parametrize("configuration", ["2d", "2.5d"])
-@pytest.mark.parametrize("name", list(registry.trainers()))
+def cells() -> list:
+    """All trainers and configurations; each trainer has one that is not marked as slow, in turn."""
+    configurations = ("2d", "2.5d")
+    return [
+        pytest.param(name, configuration, marks=() if row % 2 == column else pytest.mark.slow)
+        for row, name in enumerate(registry.trainers())
+        for column, configuration in enumerate(configurations)
+    ]
+
+
+@pytest.mark.parametrize(("name", "configuration"), cells())
 def test_train_resume_validate_predict(name, configuration, nnunet_folders, command, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(base, "load_pretrained", lambda *arguments, **options: WeightsReplaced)
     train = (nnunet_folders.number, configuration, 0, "-tr", name, "-p", PLANS_NAME, "-device", "cpu")
