@@ -181,7 +181,8 @@ def quick_nnunet(monkeypatch) -> None:
 
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: Threads)
     monkeypatch.setattr(utils, "Pool", ThreadPool)
-    monkeypatch.setattr(MetaLogger, "plot_progress_png", lambda logger, folder: None)
+    # Models are exported with the picture, so there has to be a file.
+    monkeypatch.setattr(MetaLogger, "plot_progress_png", lambda logger, folder: Path(folder, "progress.png").touch())
 
 
 @pytest.fixture
