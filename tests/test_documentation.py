@@ -98,7 +98,7 @@ def test_documented_commands_run(words, nnunet_folders, capsys, monkeypatch, tmp
     assert capsys.readouterr().out
 
 
-def test_commands_of_nnunet_exist():
+def test_commands_of_nnunet_exist(command, capsys):
     programs = {
         shlex.split(line, comments=True)[0]
         for page in PAGES
@@ -107,7 +107,12 @@ def test_commands_of_nnunet_exist():
         if line.startswith("nnUNetv2_")
     }
     assert len(programs) >= 4
-    assert programs <= {script.name for script in importlib.metadata.entry_points(group="console_scripts")}
+    scripts = importlib.metadata.entry_points(group="console_scripts")
+    for program in programs:
+        with pytest.raises(SystemExit) as stopped:
+            command(scripts[program].load(), "--help")
+        assert stopped.value.code == 0
+        assert "usage: " in capsys.readouterr().out
 
 
 def test_quick_start_of_the_readme(nnunet_workspace, tmp_path):
