@@ -2,8 +2,8 @@
 
 Run: python scripts/test_versions.py [lowest] [newest] [-o FOLDER]. Each gets an environment of its own below FOLDER,
 made when it is not there yet. Tests that failed are run once more: some wait for processes, and time out on a busy
-machine. What passed is written to ``nnunetv2_smallseg/tested_versions.json``, which
-``smallseg doctor`` reads.
+machine. What passed is written to ``nnunetv2_smallseg/tested_versions.json``, which ``smallseg doctor`` reads, and
+from there into the documentation.
 """
 
 from __future__ import annotations
@@ -99,6 +99,8 @@ def main() -> int:
         python = interpreter(options.o.resolve() / name, lowest_versions() if name == "lowest" else [])
         results[name] = run_tests(python, ["-q", "-n", str(options.n), "--dist", "loadfile", "--no-loadscope-reorder"])
         write_json(results, RESULTS)
+        # The next tests compare the tables of the documentation with the results.
+        subprocess.run([str(python), str(ROOT / "scripts" / "write_tables.py")], cwd=ROOT, check=True)
     return int(any(results[name]["failed"] for name in chosen))
 
 
