@@ -280,8 +280,9 @@ QUICK_TO_COMPILE = registry.network("HUNet")
 
 
 @no_compiler
-def test_compiles_to_equal_code():
-    check_compiled(QUICK_TO_COMPILE, training=True, deep_supervision=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_compiles_to_equal_code(dtype):
+    check_compiled(QUICK_TO_COMPILE, training=True, deep_supervision=True, dtype=dtype)
 
 
 @pytest.mark.slow
